@@ -1,0 +1,44 @@
+# Every verb sets up .venv by itself; `make` alone says what each is for.
+PYTHON ?= python3
+OUT ?= runs/quickstart
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help quickstart test acceptance check bench clean
+
+help:
+	@echo "make quickstart   the whole chain, small, on 4 CPU processes: pretrain, SFT, rank, reward, PPO-ptx, report in $(OUT)"
+	@echo "make test         every test but the long proofs; what CI runs"
+	@echo "make acceptance   every test, the long proofs too"
+	@echo "make check        ruff, mypy and the arrows between the rooms"
+	@echo "make bench        every benchmark; results go to benchmarks/results"
+	@echo "make clean        remove the caches and builds (runs/ and .venv stay)"
+
+# torch first and by its version: pip then takes the build that fits the machine once, and nothing below moves it.
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -e '.[quickstart,dev]'
+	$(BIN)/pip install --no-deps chitchat-dataset==0.9.0
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/megatron-rlhf quickstart --out $(OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+acceptance: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(READY)
+	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
+
+clean:
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find megatron_rlhf tests -name __pycache__ -type d -prune -exec rm -rf {} +

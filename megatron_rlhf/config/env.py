@@ -1,0 +1,97 @@
+"""The only reader of the environment: where this process stands in the world, as torchrun or srun says it.
+
+No variable decides what a run computes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+
+from megatron_rlhf.config.rules import BadInput
+
+_FIRST_PORT, _PORTS = 20000, 20000
+
+
+def launched() -> bool:
+    """Whether torchrun, srun or our own launcher started this process as one rank of a world."""
+    return _has_rank() or _is_slurm_step()
+
+
+def rank() -> int:
+    """This process's place in the world, 0 when nothing launched it."""
+    if _has_rank():
+        return _number("RANK")
+    return _number("SLURM_PROCID") if _is_slurm_step() else 0
+
+
+def world_size() -> int:
+    """Processes in the world, 1 when nothing launched this one."""
+    if _has_rank():
+        return _number("WORLD_SIZE")
+    return _number("SLURM_STEP_NUM_TASKS") if _is_slurm_step() else 1
+
+
+def local_rank() -> int:
+    """This process's place on its machine, which names its GPU; its rank where the launcher does not say."""
+    if "LOCAL_RANK" in os.environ:
+        return _number("LOCAL_RANK")
+    return _number("SLURM_LOCALID") if _is_slurm_step() and "SLURM_LOCALID" in os.environ else rank()
+
+
+def master_address() -> str:
+    """The machine of rank 0: MASTER_ADDR, else the first host of the SLURM step, else this machine."""
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    if _is_slurm_step():
+        hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        return first_host(hosts) or "127.0.0.1"
+    return "127.0.0.1"
+
+
+def master_port() -> int:
+    """Rank 0's port: MASTER_PORT, else one that follows from SLURM's job and step, else a free one (one process)."""
+    if "MASTER_PORT" in os.environ:
+        return _number("MASTER_PORT")
+    if _is_slurm_step():
+        step = _number("SLURM_STEP_ID") if "SLURM_STEP_ID" in os.environ else 0
+        # steps of one job may run side by side on a node, so each has its own port; 101 keeps neighbouring jobs apart
+        return _FIRST_PORT + (101 * _number("SLURM_JOB_ID") + step) % _PORTS
+    return free_port()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def first_host(hosts: str) -> str:
+    """The first name in SLURM's list notation: 'node[03-05,9],login' gives 'node03', '' gives ''."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else ""
+
+
+def terminal() -> bool:
+    """Whether a person watches standard output on a terminal that can redraw lines."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _has_rank() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _is_slurm_step() -> bool:
+    # SLURM_PROCID and SLURM_NTASKS alone do not tell: a batch script sees them too, and it is one process.
+    # A step of one task (an interactive shell under srun) leaves the choice of ranks to our launcher.
+    return "SLURM_PROCID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise BadInput(f"the environment's {name} is '{text}', a number is needed, for example {name}=0")
+    return int(text)

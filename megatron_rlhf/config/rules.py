@@ -1,0 +1,245 @@
+"""The rules a configuration obeys across its fields, and the one exception for bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+
+from megatron_rlhf.config.layout import Layout, LayoutError
+from megatron_rlhf.config.schema import Config, Model, Sft
+
+
+class BadInput(ValueError):
+    """One sentence for a person: what is wrong, where it stands, and a value that would work (exit code 2)."""
+
+
+_MODELS = ("model", "reward_model")
+_SIZES = ("layers", "hidden", "heads", "vocabulary", "context")
+_LEARNINGS = ("pretrain.learning", "sft.learning", "rl_start.learning", "reward.learning", "ppo.policy", "ppo.value")
+_ROLES = {
+    "policy": "model",
+    "generate": "model",
+    "reference": "model",
+    "value": "reward_model",
+    "reward": "reward_model",
+    "pretrain": "model",
+}
+
+# (settings, the words they may be)
+_WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16")),
+    (tuple(f"{learning}.schedule" for learning in _LEARNINGS), ("cosine", "constant")),
+    (("compute.recompute",), ("none", "selective", "full")),
+    (("sft.loss_on", "rl_start.loss_on"), ("response", "sequence")),
+    (("reward.denominator",), ("surviving", "all")),
+    (("rank.policy",), ("sft", "rl_start")),
+    (("ppo.kl.estimator",), ("k1", "k2", "k3")),
+    (("ppo.normalisation",), ("tokens", "rows")),
+    (("ppo.missing_end",), ("replace", "subtract", "keep")),
+    (("ppo.average_unit",), ("update", "iteration")),
+]
+
+# (settings, the numbers they may be in words, the same as a predicate, a number that works)
+_BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
+    (
+        (
+            *(f"{model}.{size}" for model in _MODELS for size in _SIZES),
+            *("compute.micro_batch", "compute.forward_micro_batch", "sampling.max_tokens", "sampling.batch"),
+            *("data.max_prompt_tokens", "data.max_response_tokens", "data.min_response_tokens"),
+            *("data.prompts_per_user", "data.shared_prefix_tokens"),
+            *("pretrain.steps", "pretrain.batch", "pretrain.length", "sft.epochs", "sft.batch"),
+            *("rl_start.epochs", "rl_start.batch", "reward.epochs", "reward.batch", "rank.prompts"),
+            *("rank.valid_prompts", "ppo.iterations", "ppo.episodes", "ppo.minibatches", "ppo.epochs"),
+            *("ppo.pretraining_ratio", "evaluate.prompts"),
+        ),
+        "at least 1",
+        lambda x: x >= 1,
+        "8",
+    ),
+    (
+        (
+            *(f"{learning}.{share}" for learning in _LEARNINGS for share in ("final", "warmup_start")),
+            *("ppo.gamma", "ppo.lam"),
+        ),
+        "from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        "0.1",
+    ),
+    (
+        (
+            *("adam.beta1", "adam.beta2", "ppo.average_decay", "sft.dropout", "rl_start.dropout"),
+            *("sft.pretraining_fraction", "rl_start.pretraining_fraction"),
+        ),
+        "at least 0 and below 1",
+        lambda x: 0 <= x < 1,
+        "0.1",
+    ),
+    (("data.valid_share",), "above 0 and below 1", lambda x: 0 < x < 1, "0.1"),
+    (
+        (
+            *(f"{learning}.{number}" for learning in _LEARNINGS for number in ("rate", "epsilon")),
+            *(f"{model}.init_std" for model in _MODELS),
+        ),
+        "above 0",
+        lambda x: x > 0,
+        "1e-5",
+    ),
+    (
+        (
+            *("adam.clip", "ppo.clip", "sampling.temperature", "rank.temperature", "evaluate.temperature"),
+            *("ppo.kl.target", "ppo.kl.horizon"),
+        ),
+        "above 0",
+        lambda x: x > 0,
+        "1",
+    ),
+    (
+        (
+            *(f"{model}.ffn" for model in _MODELS),
+            *(f"{learning}.warmup" for learning in _LEARNINGS),
+            *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
+            *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
+        ),
+        "at least 0",
+        lambda x: x >= 0,
+        "0",
+    ),
+    (("ppo.entropy_coef",), "0: an entropy bonus is not supported", lambda x: x == 0, "0"),
+]
+
+
+def check(config: Config, world: int) -> None:
+    """Raises BadInput with every rule that `config` breaks in a world of `world` ranks, one sentence a line."""
+    failures = [*_words(config), *_bounds(config)]
+    # the rules across fields divide by numbers that must first be in their bounds
+    failures = failures or [*_shapes(config), *_lengths(config), *_counts(config), *_layouts(config, world)]
+    if failures:
+        head = "" if len(failures) == 1 else f"{len(failures)} settings do not fit:\n  "
+        raise BadInput(head + "\n  ".join(failures))
+
+
+def _read(config: Config, key: str) -> object:
+    return reduce(getattr, key.split("."), config)
+
+
+def _words(config: Config) -> Iterator[str]:
+    for keys, words in _WORDS:
+        for key in keys:
+            if (word := _read(config, key)) not in words:
+                yield f"{key} is '{word}'; it must be one of {', '.join(words)}, for example {key}={words[0]}"
+
+
+def _bounds(config: Config) -> Iterator[str]:
+    for keys, bound, holds, example in _BOUNDS:
+        for key in keys:
+            number = _read(config, key)
+            assert isinstance(number, (int, float))
+            if not holds(number):
+                yield f"{key} is {number}; it must be {bound}, for example {key}={example}"
+
+
+def _shapes(config: Config) -> Iterator[str]:
+    for name in _MODELS:
+        model: Model = getattr(config, name)
+        if model.hidden % model.heads:
+            yield (
+                f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
+                f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
+            )
+    if config.reward_model.vocabulary != config.model.vocabulary:
+        yield (
+            f"reward_model.vocabulary={config.reward_model.vocabulary} differs from model.vocabulary="
+            f"{config.model.vocabulary}; one tokenizer serves both, so write "
+            f"reward_model.vocabulary={config.model.vocabulary}"
+        )
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    data = config.data
+    for key, response in (
+        ("data.max_response_tokens", data.max_response_tokens),
+        ("sampling.max_tokens", config.sampling.max_tokens),
+    ):
+        for name in _MODELS:
+            context = getattr(config, name).context
+            if data.max_prompt_tokens + response > context:
+                yield (
+                    f"data.max_prompt_tokens={data.max_prompt_tokens} and {key}={response} make rows of "
+                    f"{data.max_prompt_tokens + response} tokens, {name}.context={context}; write for example "
+                    f"data.max_prompt_tokens={context // 2} {key}={context - context // 2}"
+                )
+    if data.min_response_tokens > data.max_response_tokens:
+        yield (
+            f"data.min_response_tokens={data.min_response_tokens} is above data.max_response_tokens="
+            f"{data.max_response_tokens}; write for example data.min_response_tokens=1"
+        )
+    if config.pretrain.length > config.model.context:
+        yield (
+            f"pretrain.length={config.pretrain.length} is above model.context={config.model.context}; "
+            f"write for example pretrain.length={config.model.context}"
+        )
+
+
+def _counts(config: Config) -> Iterator[str]:
+    ppo, rank = config.ppo, config.rank
+    if ppo.episodes % ppo.minibatches:
+        yield (
+            f"ppo.episodes={ppo.episodes} is no multiple of ppo.minibatches={ppo.minibatches}; "
+            f"write for example ppo.episodes={_up(ppo.episodes, ppo.minibatches)}"
+        )
+    if rank.responses_min < 2:
+        yield f"rank.responses_min={rank.responses_min}; a ranking needs at least 2, write rank.responses_min=2"
+    if rank.responses_min > rank.responses_max:
+        yield (
+            f"rank.responses_min={rank.responses_min} is above rank.responses_max={rank.responses_max}; "
+            f"write for example rank.responses_max={rank.responses_min}"
+        )
+    for name, steps in (("pretrain.learning", config.pretrain.steps), ("ppo.policy", ppo.iterations)):
+        warmup = _read(config, f"{name}.warmup")
+        assert isinstance(warmup, int)
+        if warmup > steps:
+            yield f"{name}.warmup={warmup} is longer than the run's {steps}; write for example {name}.warmup={steps}"
+    for name in ("sft", "rl_start"):
+        sft: Sft = getattr(config, name)
+        if 0 < sft.examples < sft.batch:
+            yield (
+                f"{name}.examples={sft.examples} is less than one step of {name}.batch={sft.batch}; "
+                f"write for example {name}.examples={sft.batch}"
+            )
+
+
+def _layouts(config: Config, world: int) -> Iterator[str]:
+    for role, model_name in _ROLES.items():
+        words = getattr(config.layout, role)
+        try:
+            layout = Layout.parse(words, world)
+        except LayoutError as error:
+            yield f"layout.{role}: {error}"
+            continue
+        if layout.vp > 1:
+            yield f"layout.{role}='{words}' asks for virtual stages, which are not supported; leave vp{layout.vp} out"
+        if role == "generate" and layout.sp:
+            yield f"layout.generate='{words}' asks for sequence parallelism, useless for generation; leave sp out"
+        yield from _splits(f"layout.{role}='{words}'", layout, model_name, getattr(config, model_name))
+
+
+def _splits(words: str, layout: Layout, name: str, model: Model) -> Iterator[str]:
+    stages = layout.pp * layout.vp
+    for key, number, axis, degree in (
+        ("heads", model.heads, "tp", layout.tp),
+        ("hidden", model.hidden, "tp", layout.tp),
+        ("ffn", model.ffn, "tp", layout.tp),
+        ("layers", model.layers, "pp x vp", stages),
+    ):
+        if number % degree:
+            yield (
+                f"{words} splits {name}.{key}={number} in {degree} ({axis}), which does not divide it; "
+                f"write for example {name}.{key}={_up(number, degree)}"
+            )
+    if layout.vp > 1 and layout.pp == 1:
+        yield f"{words} has virtual stages without a pipeline; write for example 'pp2 vp{layout.vp}', or leave vp out"
+
+
+def _up(number: int, divisor: int) -> int:
+    """The next multiple of `divisor`, at least one of it."""
+    return -(-number // divisor) * divisor

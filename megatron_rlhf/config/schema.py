@@ -1,0 +1,330 @@
+"""The settings of a run as frozen dataclasses; the text under each field is its help and its documentation.
+
+Values that the InstructGPT paper (arXiv 2203.02155) does not print are marked "open:" with where the default is from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Architecture only."""
+
+    layers: int
+    """Transformer layers."""
+    hidden: int
+    """Width of the residual stream."""
+    heads: int
+    """Attention heads."""
+    vocabulary: int
+    """Tokens in the tokenizer; rows are padded for tensor parallelism, the padding is never sampled."""
+    context: int = 2048
+    """Longest row in tokens."""
+    ffn: int = 0
+    """Width of the feed-forward block; 0 means 4 x hidden."""
+    tied: bool = True
+    """Whether the output layer is the input embedding (GPT-3)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layouts:
+    """One layout word a role."""
+
+    policy: str = "tp1"
+    """The policy while it trains."""
+    generate: str = "tp1"
+    """The policy while it generates."""
+    reference: str = "tp1"
+    """The frozen reference; the policy's layout makes the first KL exactly 0."""
+    value: str = "tp1"
+    """The value model."""
+    reward: str = "tp1"
+    """The reward model."""
+    pretrain: str = "tp1"
+    """The policy while it is pretrained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """What bounds activation memory."""
+
+    micro_batch: int = 8
+    """Rows of one forward-backward of the pipeline."""
+    forward_micro_batch: int = 32
+    """Rows of one forward without backward."""
+    recompute: str = "none"
+    """none, selective (core attention) or full (whole layers)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adam:
+    """Adam's constants, the paper's for every model (appendix C)."""
+
+    beta1: float = 0.9
+    """First moment."""
+    beta2: float = 0.95
+    """Second moment."""
+    weight_decay: float = 0.0
+    """open: none in reward and PPO training."""
+    clip: float = 1.0
+    """open: global gradient norm limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """One learning-rate schedule."""
+
+    rate: float
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """cosine to `final` of the peak over the run, or constant."""
+    final: float = 0.1
+    """Share of the peak at the end of the cosine."""
+    warmup: int = 0
+    """Steps (iterations for the policy in PPO) of linear warm-up."""
+    warmup_start: float = 0.1
+    """Share of the peak at step 0 of the warm-up."""
+    epsilon: float = 1e-8
+    """Adam's epsilon; open: 1e-5 in reward and PPO training (lm-human-preferences)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What `prepare` reads and writes."""
+
+    directory: str = ""
+    """Folder of tokenizer.model, *.jsonl and the indexed pretraining text; empty means <out>/data."""
+    source: str = "chitchat"
+    """chitchat (the quickstart's corpus), or a folder with the user's own JSONL."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are filtered out (appendix C)."""
+    max_response_tokens: int = 1024
+    """Longer demonstrations are filtered out; generation stops there."""
+    min_response_tokens: int = 1
+    """Shorter demonstrations are filtered out."""
+    prompts_per_user: int = 200
+    """Cap a user or organisation (section 3.2)."""
+    shared_prefix_tokens: int = 64
+    """Prompts that share a prefix this long are duplicates (section 3.2)."""
+    valid_share: float = 0.1
+    """Share of users held out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretrain:
+    """Language modelling on text, where no pretrained model is at hand."""
+
+    steps: int
+    """Optimizer steps."""
+    batch: int
+    """Rows a step."""
+    length: int
+    """Tokens a row."""
+    learning: Learning
+    """Learning rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sft:
+    """Supervised fine-tuning on demonstrations."""
+
+    epochs: int = 16
+    """Passes over the demonstrations (section 3.5; 2 for the RL start, appendix C.3)."""
+    examples: int = 0
+    """Demonstrations used, 0 for all."""
+    batch: int = 32
+    """Demonstrations a step."""
+    dropout: float = 0.2
+    """Residual dropout (section 3.5)."""
+    pretraining_fraction: float = 0.0
+    """Share of pretraining rows mixed into each step (0.1 for the RL start, appendix C.3)."""
+    loss_on: str = "response"
+    """open: response (and its end token), or sequence."""
+    learning: Learning
+    """Learning rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """K samples a prompt, ranked by a labeler."""
+
+    prompts: int
+    """Prompts to rank."""
+    valid_prompts: int
+    """Held-out prompts to rank."""
+    responses_min: int = 4
+    """Smallest K (section 3.5)."""
+    responses_max: int = 9
+    """Largest K."""
+    policy: str = "sft"
+    """open: the stage whose policy is sampled, sft or rl_start (the paper: mostly SFT)."""
+    temperature: float = 1.0
+    """open: temperature of the comparison samples."""
+    noise: float = 0.45
+    """Scale of the labeler's Gumbel noise on the gold score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """Reward-model training, equation (1)."""
+
+    epochs: int = 1
+    """More overfits (appendix C.2)."""
+    batch: int = 64
+    """Prompts a step (appendix C.2)."""
+    dropout: float = 0.0
+    """open: residual dropout."""
+    denominator: str = "surviving"
+    """open: a prompt's loss is divided by its pairs that are no tie (surviving) or by all its pairs (all)."""
+    learning: Learning
+    """Learning rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How responses are drawn."""
+
+    temperature: float = 1.0
+    """Temperature; log-probs carry it too."""
+    max_tokens: int = 1024
+    """Longest response, the end token included."""
+    batch: int = 256
+    """Sequences a replica decodes together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kl:
+    """The per-token penalty against the reference."""
+
+    coef: float = 0.02
+    """beta (appendix C.4)."""
+    estimator: str = "k1"
+    """open: k1, k2 or k3 in the reward; k1 is the log-ratio of equation (2). k3 is always logged."""
+    adaptive: bool = False
+    """Whether beta follows `target` (Ziegler et al. 2019)."""
+    target: float = 6.0
+    """KL in nats a response that the adaptive beta aims at."""
+    horizon: float = 10000.0
+    """Episodes over which it adapts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ppo:
+    """PPO and PPO-ptx, equation (2) and appendix C.4."""
+
+    iterations: int = 500
+    """Iterations of the run."""
+    episodes: int = 512
+    """Episodes an iteration."""
+    minibatches: int = 8
+    """Updates an iteration and epoch."""
+    epochs: int = 1
+    """Inner epochs."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """open: GAE lambda (Stiennon et al. 2020)."""
+    clip: float = 0.2
+    """Ratio clip."""
+    value_clip: float = 0.2
+    """open: value clip (Ziegler et al. 2019); 0 turns it off."""
+    whiten_advantages: bool = True
+    """open: advantages to mean 0, variance 1 over the whole batch."""
+    whiten_rewards: bool = False
+    """open: rewards to variance 1."""
+    score_clip: float = 0.0
+    """open: scores are clipped to +- this; 0 is off."""
+    normalisation: str = "tokens"
+    """open: what policy, value and pretraining losses are divided by, tokens or rows; gives gamma its meaning."""
+    dropout: float = 0.0
+    """open: residual dropout; anything but 0 makes the first ratio differ from 1, and the run refuses to go on."""
+    entropy_coef: float = 0.0
+    """open: entropy bonus; must be 0, kept as a named setting of the paper's open points."""
+    missing_end: str = "replace"
+    """open: a response without end token has its score replaced, subtracted from, or kept: replace, subtract, keep."""
+    missing_end_score: float = -1.0
+    """open: the fixed score of `missing_end` (subtract takes its magnitude off)."""
+    pretraining_coef: float = 27.8
+    """gamma of equation (2); 0 is plain PPO and runs no pretraining forward."""
+    pretraining_ratio: int = 8
+    """Pretraining examples an episode."""
+    average_decay: float = 0.992
+    """Decay of the weight average (EMA)."""
+    average_unit: str = "update"
+    """open: the average follows every update, or every iteration."""
+    evaluate_average: bool = True
+    """open: evaluation reads the average (true) or the live weights (false)."""
+    kl: Kl = field(default_factory=Kl)
+    """KL penalty."""
+    policy: Learning
+    """The policy's learning rate; open: not printed in the paper."""
+    value: Learning
+    """The value model's learning rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """The win rate and its interval."""
+
+    prompts: int
+    """Held-out prompts."""
+    temperature: float = 1.0
+    """Temperature of the compared responses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What is saved and when."""
+
+    every: int = 0
+    """Save the state every n steps or iterations; 0 only when a signal asks to stop."""
+    resume: str = "auto"
+    """auto goes on from the newest checkpoint of the run's folder, never starts anew."""
+    pretrained: str = ""
+    """Folder of pretrained weights; empty means what `pretrain` wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run."""
+
+    out: str
+    """Folder of everything the run writes."""
+    seed: int = 1
+    """Seed of weights, orders and samples."""
+    model: Model
+    """The policy and the reference."""
+    reward_model: Model
+    """The reward and the value model."""
+    layout: Layouts
+    """Layouts by role."""
+    compute: Compute
+    """Micro-batches and recompute."""
+    adam: Adam
+    """Adam's constants."""
+    data: Data
+    """Data room."""
+    pretrain: Pretrain
+    """Pretraining."""
+    sft: Sft
+    """The SFT baseline."""
+    rl_start: Sft
+    """The initial policy of PPO, its reference too (appendix C.3)."""
+    rank: Rank
+    """Comparison data."""
+    reward: Reward
+    """Reward model."""
+    sampling: Sampling
+    """Rollouts."""
+    ppo: Ppo
+    """PPO."""
+    evaluate: Evaluate
+    """Evaluation."""
+    checkpoint: Checkpoint
+    """Saving and resuming."""

@@ -1,0 +1,89 @@
+"""One generation step of one pipeline stage: prefill a block of prompts, then one token a row through the cache.
+
+b rows, P prompt positions, V vocabulary. Every row keeps its own length; rows are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_rlhf.models.attention import CoreAttention, LayerCache
+from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.parallel.collectives import device
+
+
+class Cache:
+    """Keys and values of a stage's layers for b rows of at most `capacity` tokens."""
+
+    def __init__(self, network: Network, rows: int, capacity: int) -> None:
+        """Allocate [b, g, capacity, d] twice a layer and hang them into the stage."""
+        config, tp = network.config, network.grid.layout.tp
+        heads = (config.num_query_groups or config.num_attention_heads) // tp
+        here = device()
+        self.lengths_b = torch.zeros(rows, dtype=torch.int64, device=here)
+        self.attentions = [m for chunk in network.chunks for m in chunk.modules() if isinstance(m, CoreAttention)]
+        shape = (rows, heads, capacity, config.kv_channels)
+        for attention in self.attentions:
+            keys, values = (torch.zeros(shape, dtype=config.params_dtype, device=here) for _ in range(2))
+            attention.cache = LayerCache(keys, values, self.lengths_b)
+
+    def filled(self, lengths_b: Tensor, *, decoding: bool) -> None:
+        """Tell every layer how many slots of each row are filled, and whether the next forward is one token."""
+        self.lengths_b = lengths_b
+        for attention in self.attentions:
+            assert attention.cache is not None
+            attention.cache.lengths_b, attention.cache.decoding = lengths_b, decoding
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep the given rows only."""
+        for attention in self.attentions:
+            cache = attention.cache
+            assert cache is not None
+            cache.keys, cache.values = cache.keys[rows], cache.values[rows]
+        self.filled(self.lengths_b[rows], decoding=True)
+
+    def drop(self) -> None:
+        """Free the cache; the stage attends without one again."""
+        for attention in self.attentions:
+            attention.cache = None
+
+
+def prefill(stage: GPTModel, tokens_bP: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
+    """The stage's output for whole prompts: hidden [P, b, h], or on the last stage logits [b, 1, V/tp] at each row's
+    last prompt token."""
+    positions = torch.arange(tokens_bP.shape[1], device=tokens_bP.device).expand_as(tokens_bP)
+    with _last_position(stage, lengths_b - 1):
+        return _forward(stage, tokens_bP, positions, hidden)
+
+
+def advance(stage: GPTModel, tokens_b: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
+    """The stage's output for one new token a row at position `lengths_b`: hidden [1, b, h] or logits [b, 1, V/tp]."""
+    return _forward(stage, tokens_b[:, None], lengths_b[:, None], hidden)
+
+
+def _forward(stage: GPTModel, tokens: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
+    if not stage.pre_process:
+        stage.set_input_tensor(hidden)
+    return stage(tokens, positions, attention_mask=None)
+
+
+@contextmanager
+def _last_position(stage: GPTModel, index_b: Tensor) -> Iterator[None]:
+    """On the last stage the head sees one position a row: the full [b, P, V] logits of a prompt are never made."""
+    if not stage.post_process:
+        yield
+        return
+
+    def pick(module: object, arguments: object, hidden_Pbh: Tensor) -> Tensor:
+        return hidden_Pbh.gather(0, index_b[None, :, None].expand(1, -1, hidden_Pbh.shape[2]))
+
+    handle = stage.decoder.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()

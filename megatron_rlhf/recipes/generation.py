@@ -1,0 +1,21 @@
+"""Responses of saved weights in the generate layout, outside of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rlhf.batch import Prompts, Rollout
+from megatron_rlhf.checkpoint import weights
+from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.generate.engine import Generator
+from megatron_rlhf.generate.sampling import Draw
+from megatron_rlhf.recipes.session import Session
+
+
+def answers(run: Session, folder: Path, prompts: Prompts, draw_as: Draw) -> Rollout:
+    """A response to every prompt by the weights in `folder`. Collective: world."""
+    network = run.network(run.config.model, run.config.layout.generate)
+    weights.load(network, folder)
+    tokenizer = Tokenizer.load(run.data / "tokenizer.model")
+    generator = Generator(network, end=tokenizer.end, rows=run.config.sampling.batch)
+    return generator.sample(prompts, draw_as, run.config.sampling.max_tokens)

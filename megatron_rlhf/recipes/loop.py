@@ -1,0 +1,100 @@
+"""The loop of the supervised recipes: resume, learn, log, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_rlhf.algorithms.schedule import multiplier
+from megatron_rlhf.config.schema import Learning
+from megatron_rlhf.observe.progress import Progress
+from megatron_rlhf.observe.stats import Stats
+from megatron_rlhf.recipes.session import Session
+from megatron_rlhf.train.engine import Engine, Loss
+from megatron_rlhf.train.microbatch import Batch
+
+
+class Resumable(Protocol):
+    """A data order that can be put down and taken up."""
+
+    def state(self) -> dict[str, int]:
+        """The place in the order."""
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from that place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One supervised stage: `batch()` gives the next step's batch, `streams` are what it draws from."""
+
+    stage: str
+    engine: Engine
+    learning: Learning
+    steps: int
+    batch: Callable[[], Batch]
+    loss: Loss
+    streams: Mapping[str, Resumable]
+
+
+def learn(session: Session, lesson: Lesson) -> Stats:
+    """Run the lesson from where it was left; the statistics of its last tenth. Collective: world.
+
+    Exits with 75 after saving when a signal asked for it.
+    """
+    start = take_up(session, lesson.stage, lesson.engine, lesson.streams)
+    late = Stats()
+    with Progress(session.first, lesson.steps, lesson.stage, done=start) as progress:
+        for step in range(start, lesson.steps):
+            stats = _step(session, lesson, step)
+            if step >= lesson.steps * 9 // 10:
+                late += stats
+            progress.advance(", ".join(f"{name} {stats[name]:.4g}" for name in stats.sums if name.startswith("loss")))
+            if session.stop.requested():
+                session.leave(lesson.stage, step + 1, put_down(lesson.engine, lesson.streams))
+            if session.config.checkpoint.every and (step + 1) % session.config.checkpoint.every == 0:
+                session.save(lesson.stage, step + 1, put_down(lesson.engine, lesson.streams))
+    return late
+
+
+def rate(learning: Learning, step: int, steps: int) -> float:
+    """The schedule's share of the peak rate at a step."""
+    return multiplier(
+        step,
+        steps,
+        schedule=learning.schedule,
+        final=learning.final,
+        warmup=learning.warmup,
+        warmup_start=learning.warmup_start,
+    )
+
+
+def put_down(engine: Engine, streams: Mapping[str, Resumable]) -> dict[str, Any]:
+    """What `take_up` needs."""
+    return {"engine": engine.state(), "streams": {name: stream.state() for name, stream in streams.items()}}
+
+
+def take_up(session: Session, stage: str, engine: Engine, streams: Mapping[str, Resumable]) -> int:
+    """The step to go on with, after putting back what was saved; 0 anew. Collective: world."""
+    saved = session.saved(stage)
+    if saved is None:
+        return 0
+    step, state = saved
+    engine.restore(state["engine"])
+    for name, stream in streams.items():
+        stream.restore(state["streams"][name])
+    session.log.truncate_after(stage, step - 1)
+    session.log.say(f"{stage}: going on after step {step}")
+    return step
+
+
+def _step(session: Session, lesson: Lesson, step: int) -> Stats:
+    began = time.monotonic()
+    batch = lesson.batch()
+    stats = lesson.engine.accumulate(batch, lesson.loss)
+    stats += lesson.engine.update(rate(lesson.learning, step, lesson.steps))
+    tokens, seconds = int(batch.rows.lengths_B.sum()), time.monotonic() - began
+    session.log.row(lesson.stage, step, {**stats.means(), "tokens": tokens, "tokens_per_second": tokens / seconds})
+    return stats

@@ -1,0 +1,215 @@
+"""PPO and PPO-ptx, InstructGPT equation (2) and appendix C.4; `step` is the page to read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_rlhf.algorithms import average, kl
+from megatron_rlhf.batch import Rollout, Rows
+from megatron_rlhf.checkpoint import weights
+from megatron_rlhf.config.schema import Config, Ppo
+from megatron_rlhf.data.pretraining import PretrainingStream
+from megatron_rlhf.data.prompts import PromptStream
+from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.models import roles
+from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe.memory import peak_bytes
+from megatron_rlhf.observe.progress import Progress
+from megatron_rlhf.observe.stats import Stats
+from megatron_rlhf.recipes import losses, measures, session
+from megatron_rlhf.recipes.loop import rate
+from megatron_rlhf.recipes.session import Session
+from megatron_rlhf.reshard.switch import generating
+from megatron_rlhf.rollout.annotate import annotate
+from megatron_rlhf.rollout.credit import credit
+from megatron_rlhf.rollout.sample import sample
+from megatron_rlhf.rollout.score import score
+from megatron_rlhf.train.engine import Engine
+
+STAGE = "ppo"
+START = "rl_start"
+
+
+@dataclass(slots=True)
+class Run:
+    """The four roles, the generate copy, the streams and the KL coefficient of one PPO run."""
+
+    session: Session
+    policy: Engine
+    reference: Engine
+    value: Engine
+    reward: Engine
+    generate: Network
+    prompts: PromptStream
+    text: PretrainingStream
+    tokenizer: Tokenizer
+    kl: kl.Coefficient
+    judge: Callable[[Rollout], Stats]
+    iteration: int = 0
+    checks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ppo(self) -> Ppo:
+        """PPO's settings."""
+        return self.session.config.ppo
+
+    @property
+    def same_layout(self) -> bool:
+        """Whether reference and policy compute alike, so that the first KL is exactly 0."""
+        return self.policy.network.grid.layout == self.reference.network.grid.layout
+
+    def pretraining(self, episodes: int) -> Rows:
+        """The pretraining rows of a minibatch; none, and so no forward, where the coefficient is 0."""
+        if self.ppo.pretraining_coef == 0:
+            return Rows(torch.zeros(0, 1, dtype=torch.int64), *(torch.zeros(0, dtype=torch.int64) for _ in range(2)))
+        return self.text.take(episodes * self.ppo.pretraining_ratio)
+
+
+def step(run: Run) -> Stats:
+    """One iteration: episodes drawn, scored and annotated, then one update a minibatch. Collective: world."""
+    ppo, seed, clock = run.ppo, run.session.config.seed, run.session.timer
+    prompts = run.prompts.take(ppo.episodes)
+    with clock("generate"), generating(
+        run.policy, run.generate, end=run.tokenizer.end, rows=run.session.config.sampling.batch
+    ) as generator:
+        rollout = sample(generator, prompts, run.session.config.sampling, seed=seed, iteration=run.iteration)
+    with clock("score"):
+        rollout = score(rollout, run.reward, ppo)
+    with clock("annotate"):
+        annotated = annotate(rollout, run.policy, run.reference, run.value)
+    measures.first_kl(run.checks, annotated, same=run.same_layout)
+    experience = credit(annotated, ppo, kl_coef=run.kl.coef)
+    stats = measures.episodes(experience) + run.judge(rollout)
+
+    policy_rate, value_rate = (rate(learning, run.iteration, ppo.iterations) for learning in (ppo.policy, ppo.value))
+    size = ppo.episodes // ppo.minibatches
+    for minibatch in experience.minibatches(size, ppo.epochs, seed * 1_000_003 + run.iteration):
+        with clock("value"):
+            stats += run.value.accumulate(minibatch, losses.value(ppo.value_clip, ppo.normalisation))
+            stats += measures.named(run.value.update(value_rate), "value")
+        with clock("policy"):
+            stats += run.policy.accumulate(minibatch, losses.policy(ppo.clip, ppo.normalisation))
+        with clock("pretraining"):
+            text, mixed = run.pretraining(len(minibatch)), losses.language_per(ppo.normalisation)
+            stats += run.policy.accumulate(text, mixed, ppo.pretraining_coef)
+        with clock("policy"):
+            stats += measures.named(run.policy.update(policy_rate), "policy")
+            run.policy.follow(partial(average.follow, decay=ppo.average_decay), when=ppo.average_unit == "update")
+        measures.first_ratio(run.checks, stats, run.session.config.model.precision)
+    run.policy.follow(partial(average.follow, decay=ppo.average_decay), when=ppo.average_unit == "iteration")
+    run.kl = run.kl.adapted(stats["kl"], ppo.episodes)
+    return stats
+
+
+def run(config: Config) -> None:
+    """Train the policy of `<out>/rl_start/weights` and write `<out>/ppo/weights`. Collective: world."""
+    started = session.start(config)
+    if not started.done(STAGE):
+        train(started)
+
+
+def train(run: Session) -> dict[str, float]:
+    """The checks of the first iteration and the statistics of the last. Collective: world.
+
+    Exits with 75 after saving when a signal asked for it.
+    """
+    ppo = prepared(run)
+    measured = _take_up(ppo)
+    last: dict[str, float] = {}
+    with Progress(run.first, ppo.ppo.iterations, STAGE, done=ppo.iteration) as progress:
+        while ppo.iteration < ppo.ppo.iterations:
+            began = time.monotonic()
+            stats = step(ppo)
+            ppo.iteration += 1
+            last = {**stats.means(), "kl_coef": ppo.kl.coef}
+            seconds = {name: round(value, 3) for name, value in run.timer.take().items()}
+            measured = {name: measured.get(name, 0.0) + value for name, value in seconds.items()}
+            tokens_per_second = stats["tokens"] / (time.monotonic() - began)
+            row = {**last, "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
+            run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
+            progress.advance(f"score {last['score']:.3f}, KL {last['kl']:.3f}, drift {last['drift']:.6f}")
+            if run.stop.requested():
+                run.leave(STAGE, ppo.iteration, _put_down(ppo, measured))
+            if run.config.checkpoint.every and ppo.iteration % run.config.checkpoint.every == 0:
+                run.save(STAGE, ppo.iteration, _put_down(ppo, measured))
+    _publish(ppo, last)
+    return {**last, **ppo.checks}
+
+
+def prepared(run: Session) -> Run:
+    """The roles with their starting weights: the value model is the reward model, head and all. Collective: world."""
+    config, layout = run.config, run.config.layout
+    read, seed = roles.logprobs(config.sampling.temperature), config.seed
+    tokenizer = Tokenizer.load(run.data / "tokenizer.model")
+
+    dropout = config.ppo.dropout
+    policy = _loaded(run, run.network(config.model, layout.policy, dropout=dropout), START)
+    reference = _loaded(run, run.network(config.model, layout.reference), START)
+    value = _loaded(run, run.network(config.reward_model, layout.value, scalar=True, dropout=dropout), "reward")
+    reward = _loaded(run, run.network(config.reward_model, layout.reward, scalar=True), "reward")
+    adam, compute = config.adam, config.compute
+    return Run(
+        session=run,
+        policy=Engine(policy, read, compute, adam=adam, learning=config.ppo.policy, averaged=True, seed=seed),
+        reference=Engine(reference, read, compute),
+        value=Engine(value, roles.values(), compute, adam=adam, learning=config.ppo.value, seed=seed),
+        reward=Engine(reward, roles.scores(), config.compute),
+        generate=run.network(config.model, layout.generate),
+        prompts=PromptStream.load(
+            run.data / "prompts.train.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=seed
+        ),
+        text=PretrainingStream(run.data / "pretraining.train", config.pretrain.length, seed + 2),
+        tokenizer=tokenizer,
+        kl=kl.Coefficient(config.ppo.kl.coef, config.ppo.kl.adaptive, config.ppo.kl.target, config.ppo.kl.horizon),
+        judge=measures.judge(run, tokenizer),
+    )
+
+
+def _loaded(run: Session, network: Network, stage: str) -> Network:
+    weights.load(network, run.weights(stage))
+    return network
+
+
+def _publish(run: Run, last: dict[str, float]) -> None:
+    """Write the weights that evaluation reads, the average or the live ones, and say which. Collective: world."""
+    folder, extra = run.session.weights(STAGE), {"iterations": run.iteration, "checks": run.checks, "last": last}
+    if run.ppo.evaluate_average:
+        with run.policy.averaged():
+            weights.save(run.policy.network, folder, {"which": "average", **extra})
+    else:
+        weights.save(run.policy.network, folder, {"which": "live", **extra})
+
+
+def _put_down(run: Run, measured: dict[str, float]) -> dict[str, Any]:
+    return {
+        "policy": run.policy.state(),
+        "value": run.value.state(),
+        "prompts": run.prompts.state(),
+        "text": run.text.state(),
+        "kl_coef": run.kl.coef,
+        "checks": dict(run.checks),
+        "measured": measured,
+    }
+
+
+def _take_up(run: Run) -> dict[str, float]:
+    """Go on after the newest saved iteration; the seconds measured so far. Collective: world."""
+    saved = run.session.saved(STAGE)
+    if saved is None:
+        return {}
+    run.iteration, state = saved
+    run.policy.restore(state["policy"])
+    run.value.restore(state["value"])
+    run.prompts.restore(state["prompts"])
+    run.text.restore(state["text"])
+    run.kl = replace(run.kl, coef=state["kl_coef"])
+    run.checks = state["checks"]
+    run.session.log.truncate_after(STAGE, run.iteration - 1)
+    run.session.log.say(f"{STAGE}: going on after iteration {run.iteration}")
+    return state["measured"]

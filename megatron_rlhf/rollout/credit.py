@@ -1,0 +1,30 @@
+"""Which token earned what: per-token rewards, advantages and returns of an annotated rollout."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+from megatron_rlhf.algorithms import gae, masked, rewards
+from megatron_rlhf.batch import Annotated, Experience
+from megatron_rlhf.config.schema import Ppo
+
+
+def credit(annotated: Annotated, ppo: Ppo, *, kl_coef: float) -> Experience:
+    """Rewards −β·KL with the score on the last token, GAE, advantages whitened once over the whole batch."""
+    mask_BR = annotated.mask_BR
+    rewards_BR = rewards.shape(
+        annotated.rollout.scores_B,
+        annotated.old_logprobs_BR,
+        annotated.reference_logprobs_BR,
+        mask_BR,
+        kl_coef=kl_coef,
+        estimator=cast(Literal["k1", "k2", "k3"], ppo.kl.estimator),
+    )
+    if ppo.whiten_rewards:
+        rewards_BR = masked.whiten(rewards_BR, mask_BR, shift_mean=False)
+    advantages_BR, returns_BR = gae.advantages(
+        rewards_BR, annotated.values_BR, mask_BR, gamma=ppo.gamma, lam=ppo.lam
+    )
+    if ppo.whiten_advantages:
+        advantages_BR = masked.whiten(advantages_BR, mask_BR, shift_mean=True)
+    return Experience(annotated, rewards_BR, advantages_BR, returns_BR)

@@ -1,0 +1,173 @@
+"""The train phase of one role: forward, accumulate, update over a global batch.
+
+Between phases every rank holds the whole batch; an engine slices it by its own place, and the global result comes back
+on every rank, so no result depends on the layout and roles of different layouts meet without re-dealing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlhf.config.schema import Adam, Compute, Learning
+from megatron_rlhf.models.roles import Read
+from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe.stats import Stats
+from megatron_rlhf.parallel.collectives import assemble, device
+from megatron_rlhf.train import schedule
+from megatron_rlhf.train.microbatch import Batch, Part, cut
+from megatron_rlhf.train.optimizer import Average, Optimizer, accompany
+
+Loss = Callable[[Tensor, Any, Any], tuple[Tensor, Stats]]
+
+
+class Engine:
+    """One role's network with what it reads; frozen without `learning`."""
+
+    def __init__(
+        self,
+        network: Network,
+        read: Read,
+        compute: Compute,
+        *,
+        adam: Adam | None = None,
+        learning: Learning | None = None,
+        averaged: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Make the gradient buffers and the optimizer where the role learns, the weight average where asked."""
+        self.network = network
+        self.read = read
+        self.compute = compute
+        self.learning = learning
+        self.seed = seed
+        self.updates = 0
+        self._passes = 0
+        self.optimizer: Optimizer | None = None
+        self.average: Average | None = None
+        if learning is not None and adam is not None:
+            if not network.grid.inside:
+                accompany()
+                return
+            self.optimizer = Optimizer(network, adam, learning.epsilon)
+            if averaged:
+                self.average = Average(self.optimizer)
+
+    def forward(self, batch: Batch, read: Read | None = None) -> Tensor:
+        """What `read` finds for every element of the batch, on every rank, fp32. Collective: world."""
+        read = read or self.read
+        rows = batch.rows
+        each = len(rows) // len(batch)
+        trailing = (each, *read.trailing(rows.width)) if each > 1 else read.trailing(rows.width)
+        found, index = torch.zeros(0, *trailing), torch.zeros(0, dtype=torch.int64)
+        if self.network.grid.inside:
+            parts = cut(batch, self.network.grid, self.compute.forward_micro_batch)
+            with torch.no_grad():
+                outputs = self._run(parts, lambda output, part: self._read(read, output, part).cpu(), forward_only=True)
+            if self.network.grid.speaks:
+                found = torch.cat(outputs).reshape(-1, *trailing)
+                index = torch.cat([part.index_e for part in parts])
+        return assemble(found, index, len(batch), self.network.grid.speaks)
+
+    def accumulate(self, batch: Batch, loss: Loss, weight: float = 1.0) -> Stats:
+        """Add the gradient of `weight` x loss over the batch to the buffers; its statistics, on every rank.
+
+        `loss(read, part, whole)` gets what the role reads of a micro-batch, the micro-batch and the whole batch, and
+        divides by counts of the whole. An empty batch runs nothing. Collective: world.
+        """
+        if len(batch) == 0:
+            return Stats()
+        stats = Stats()
+        if self.network.grid.inside:
+            assert self.optimizer is not None, "a frozen role does not learn"
+            parts = cut(batch, self.network.grid, self.compute.micro_batch)
+            self._passes += 1
+            self.network.grid.seed(self.seed + 7919 * self._passes + 104729 * self.updates)
+
+            def finish(output: Tensor, part: Part) -> tuple[Tensor, Tensor, Stats]:
+                value, found = loss(self._read(self.read, output, part), part.batch, batch)
+                return value * weight, torch.zeros((), dtype=torch.int, device=output.device), _detached(found)
+
+            for kept in self._run(parts, finish, forward_only=False):
+                stats += kept
+        return _reduced(stats, self.network)
+
+    def update(self, multiplier: float = 1.0) -> Stats:
+        """Take one optimizer step at `multiplier` x the peak rate; `grad_norm` and `lr`. Collective: world.
+
+        Raises FloatingPointError, weights unchanged, when a gradient is not finite.
+        """
+        assert self.learning is not None
+        norm, rate = 0.0, self.learning.rate * multiplier
+        if self.optimizer is not None:
+            norm = self.optimizer.step(rate)
+        self.updates += 1
+        self._passes = 0
+        first = dist.get_rank() == self.network.grid.layout.first
+        found = torch.tensor([norm if first else 0.0], dtype=torch.float64, device=device())
+        dist.all_reduce(found)
+        return Stats.of(grad_norm=(float(found), 1), lr=(rate, 1))
+
+    def follow(self, rule: Callable[[list[Tensor], list[Tensor]], None], *, when: bool = True) -> None:
+        """Let the average follow the live weights by `rule(average, live)`, on the shards where they lie."""
+        if when and self.average is not None:
+            self.average.follow(rule)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network holds the averaged weights inside, the live ones again after. Collective: dp."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied():
+            yield
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed engine needs, as it lies on this rank."""
+        return {
+            "updates": self.updates,
+            "optimizer": self.optimizer.state() if self.optimizer else None,
+            "average": [shard.clone() for shard in self.average.shards] if self.average else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave under the same layout. Collective: dp."""
+        self.updates = state["updates"]
+        if self.optimizer:
+            self.optimizer.restore(state["optimizer"])
+        if self.average:
+            for shard, saved in zip(self.average.shards, state["average"], strict=True):
+                shard.copy_(saved)
+
+    def _read(self, read: Read, output: Tensor, part: Part) -> Tensor:
+        return read.of(self.network, output, part.batch.rows, part.width)
+
+    def _run(self, parts: list[Part], finish: schedule.Finish, *, forward_only: bool) -> list[Any]:
+        stages: list[torch.nn.Module] = list(self.optimizer.stages if self.optimizer else self.network.chunks)
+        for stage in stages:
+            stage.train(not forward_only)
+        return schedule.run(self.network, stages, parts, finish, forward_only=forward_only)
+
+
+def _detached(stats: Stats) -> Stats:
+    return Stats({k: float(v) for k, v in stats.sums.items()}, {k: float(v) for k, v in stats.weights.items()})
+
+
+def _reduced(stats: Stats, network: Network) -> Stats:
+    """The Stats of every replica added, on every rank; sums travel as one float64 tensor."""
+    grid = network.grid
+    speaker = grid.layout.rank(0, grid.layout.pp - 1, 0)
+    box: list[list[str] | None] = [sorted(stats.sums) if dist.get_rank() == speaker else None]
+    dist.broadcast_object_list(box, speaker)
+    names = box[0] or []
+    table = torch.zeros(2, len(names), dtype=torch.float64, device=device())
+    if grid.speaks:
+        table[0] = torch.tensor([stats.sums[name] for name in names], dtype=torch.float64)
+        table[1] = torch.tensor([stats.weights[name] for name in names], dtype=torch.float64)
+    dist.all_reduce(table)
+    return Stats(dict(zip(names, table[0].tolist(), strict=True)), dict(zip(names, table[1].tolist(), strict=True)))

@@ -1,0 +1,60 @@
+"""The one place that calls Megatron's forward-backward schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.parallel.collectives import device
+from megatron_rlhf.train.microbatch import Part, tokens
+
+Finish = Callable[[Tensor, Part], Any]
+
+
+def run(
+    network: Network, stages: list[torch.nn.Module], parts: list[Part], finish: Finish, *, forward_only: bool
+) -> list[Any]:
+    """What `finish(stage output, part)` returned for every part on the last stage, an empty list elsewhere.
+
+    With a backward pass `finish` returns `(loss, count, kept)`, losses already divided by their global counts: nothing
+    is divided by micro-batches or replicas, and gradients are left unreduced in the buffers. Collective: pp, tp.
+    """
+    grid = network.grid
+    assert grid.groups is not None
+    config = network.config
+    assert config.finalize_model_grads_func is None, "gradients are finalised by update() alone"
+
+    def step(queue: Iterator[Part], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        part = next(queue)
+        output = stage(*_inputs(part), attention_mask=None)
+
+        def kept(stage_output: Tensor, non_loss_data: bool = False) -> Any:
+            return finish(stage_output, part)
+
+        return output, kept
+
+    pipelined = grid.layout.pp > 1
+    schedule = get_forward_backward_func(pp_size=grid.layout.pp, vp_size=None)
+    return schedule(
+        forward_step_func=step,
+        data_iterator=iter(parts),
+        model=stages,
+        num_microbatches=len(parts),
+        seq_length=parts[0].length,
+        micro_batch_size=len(parts[0].batch.rows),
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+        p2p_communicator=P2PCommunicator(grid.groups.pp, config) if pipelined else None,
+        pg_collection=grid.groups,
+    )
+
+
+def _inputs(part: Part) -> tuple[Tensor, Tensor]:
+    tokens_bS = tokens(part).to(device())
+    return tokens_bS, torch.arange(part.length, device=device()).expand_as(tokens_bS)

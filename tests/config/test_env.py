@@ -1,0 +1,104 @@
+"""Proves what a process reads about its place from torchrun's variables, from srun's and from none.
+
+Not proved here: that a SLURM sets these variables so; SLURM itself does not run here.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_rlhf.config import env
+from megatron_rlhf.config.rules import BadInput
+
+STEP = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "42",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]-ib,login",
+    "SLURM_JOB_NODELIST": "gpu[01-11]-ib",
+}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that names no place."""
+    for name in (*STEP, *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+
+
+def place() -> tuple[int, int, int, str]:
+    """What the environment says."""
+    return env.rank(), env.world_size(), env.local_rank(), env.master_address()
+
+
+def given(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Sets the variables."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_nothing_launched_it() -> None:
+    assert not env.launched()
+    assert place() == (0, 1, 0, "127.0.0.1")
+    assert 1024 <= env.master_port() <= 65535
+
+
+def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, TORCHRUN)
+    assert env.launched()
+    assert (*place(), env.master_port()) == (3, 4, 1, "host", 1234)
+
+
+def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP)
+    assert env.launched()
+    assert (*place(), env.master_port()) == (5, 8, 1, "gpu07-ib", 20000 + 42 * 101 + 3)
+
+
+def test_torchrun_inside_a_slurm_step_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP | TORCHRUN)
+    assert (*place(), env.master_port()) == (3, 4, 1, "host", 1234)
+
+
+def test_a_batch_script_and_an_interactive_shell_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42"})
+    assert not env.launched()
+    assert place() == (0, 1, 0, "127.0.0.1")
+    given(monkeypatch, {"SLURM_STEP_NUM_TASKS": "1"})
+    assert not env.launched()
+
+
+def test_steps_of_a_job_have_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP)
+    ports = set()
+    for job in range(100, 110):
+        for step in range(10):
+            given(monkeypatch, {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+            ports.add(env.master_port())
+    assert len(ports) == 100
+    assert all(20000 <= port < 40000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("node[03-05,9],login", "node03"),
+        ("a[1-2]b[7,8]-x,c", "a1b7-x"),
+        ("n-1.example.org,n-2", "n-1.example.org"),
+        ("", ""),
+    ],
+)
+def test_first_host(hosts: str, first: str) -> None:
+    assert env.first_host(hosts) == first
+
+
+def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, {"RANK": "x", "WORLD_SIZE": "4"})
+    with pytest.raises(BadInput, match="the environment's RANK is 'x', a number is needed, for example RANK=0"):
+        env.rank()

@@ -1,0 +1,83 @@
+"""Proves each rule across settings: what breaks it, the sentence, and that the value the sentence names passes.
+
+Not proved here: that the rules are complete; the planner and the data room refuse more.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_rlhf.config.load import load
+from megatron_rlhf.config.rules import BadInput, check
+
+# (words that break one rule, the sentence)
+BROKEN = [
+    (["model.precision=fp8"], "model.precision is 'fp8'; it must be one of fp32, bf16"),
+    (["sft.learning.schedule=linear"], "sft.learning.schedule is 'linear'; it must be one of cosine, constant"),
+    (["reward.denominator=none"], "one of surviving, all"),
+    (["ppo.missing_end=drop"], "one of replace, subtract, keep"),
+    (["rl_start.loss_on=prompt"], "one of response, sequence"),
+    (["ppo.average_unit=epoch"], "one of update, iteration"),
+    (["compute.recompute=some"], "one of none, selective, full"),
+    (["ppo.entropy_coef=0.01"], "ppo.entropy_coef is 0.01; it must be 0: an entropy bonus is not supported"),
+    (["model.vocabulary=0"], "model.vocabulary is 0; it must be at least 1"),
+    (["ppo.minibatches=0"], "ppo.minibatches is 0; it must be at least 1"),
+    (["ppo.minibatches=7"], "ppo.episodes=64 is no multiple of ppo.minibatches=7; write for example ppo.episodes=70"),
+    (["ppo.gamma=1.5"], "ppo.gamma is 1.5; it must be from 0 to 1"),
+    (["ppo.average_decay=1"], "ppo.average_decay is 1.0; it must be at least 0 and below 1"),
+    (["sampling.temperature=0"], "sampling.temperature is 0.0; it must be above 0"),
+    (["ppo.policy.rate=-1e-5"], "ppo.policy.rate is -1e-05; it must be above 0"),
+    (["ppo.kl.coef=-1"], "ppo.kl.coef is -1.0; it must be at least 0"),
+    (["data.valid_share=1"], "data.valid_share is 1.0; it must be above 0 and below 1"),
+    (["model.heads=3"], "model.hidden=128 is no multiple of model.heads=3; write for example model.hidden=129"),
+    (["reward_model.vocabulary=1024"], "one tokenizer serves both, so write reward_model.vocabulary=2048"),
+    (["sampling.max_tokens=100"], "data.max_prompt_tokens=56 and sampling.max_tokens=100 make rows of 156 tokens"),
+    (["data.max_prompt_tokens=90"], "data.max_response_tokens=40 make rows of 130 tokens, model.context=128"),
+    (["data.min_response_tokens=41"], "data.min_response_tokens=41 is above data.max_response_tokens=40"),
+    (["pretrain.length=256"], "pretrain.length=256 is above model.context=128; write for example pretrain.length=128"),
+    (["rank.responses_min=1"], "a ranking needs at least 2, write rank.responses_min=2"),
+    (["rank.responses_min=7"], "rank.responses_min=7 is above rank.responses_max=6"),
+    (["pretrain.learning.warmup=1001"], "pretrain.learning.warmup=1001 is longer than the run's 1000"),
+    (["sft.examples=10"], "sft.examples=10 is less than one step of sft.batch=32"),
+    (["layout.policy=tp3"], "layout.policy: tp3 pp1 dp1 is 3 ranks, the world has 4"),
+    (["layout.reward=tp2 qq2"], "layout.reward: layout word 'qq2' in 'tp2 qq2' is unknown"),
+    (["model.layers=3"], "layout.policy='tp2 pp2 dp1' splits model.layers=3 in 2 (pp x vp), which does not divide it"),
+    (["layout.value=tp2 pp2 vp4"], "layout.value='tp2 pp2 vp4' splits reward_model.layers=4 in 8 (pp x vp)"),
+    (["model.heads=1"], "splits model.heads=1 in 2 (tp), which does not divide it; write for example model.heads=2"),
+    (["layout.policy=tp4 vp2"], "has virtual stages without a pipeline"),
+]
+
+
+def failures(words: list[str], world: int = 4) -> list[str]:
+    """The sentences that the quickstart with these words gets."""
+    try:
+        check(load("quickstart", words), world)
+    except BadInput as error:
+        lines = str(error).splitlines()
+        return [line.strip() for line in (lines[1:] if len(lines) > 1 else lines)]
+    return []
+
+
+def test_the_quickstart_passes_in_its_world_and_no_other() -> None:
+    assert failures([]) == []
+    assert "layout.policy: tp2 pp2 dp1 is 4 ranks, the world has 8" in failures([], world=8)
+    assert len(failures([], world=2)) == 6, "one sentence a role"
+
+
+@pytest.mark.parametrize(("words", "sentence"), BROKEN, ids=[broken[0][0] for broken in BROKEN])
+def test_a_broken_rule_has_its_sentence_and_its_remedy_works(words: list[str], sentence: str) -> None:
+    found = failures(words)
+    assert any(sentence in failure for failure in found), found
+    wrong = next(failure for failure in found if sentence in failure)
+    advice = re.search(r"(?:for example|write) ((?:[a-z_.0-9]+=\S+ ?)+)$", wrong)
+    if advice:
+        assert wrong not in failures([*words, *advice[1].split()])
+
+
+def test_all_failures_are_said_at_once() -> None:
+    with pytest.raises(BadInput) as caught:
+        check(load("quickstart", ["ppo.minibatches=7", "rank.responses_min=1", "layout.policy=tp3"]), 4)
+    assert str(caught.value).startswith("3 settings do not fit:\n")
+    assert len(str(caught.value).splitlines()) == 4
