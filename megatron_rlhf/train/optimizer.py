@@ -47,6 +47,10 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self.inner = get_megatron_optimizer(settings, self.stages, use_gloo_process_groups=False, pg_collection=groups)
+        for optimizer in self.inner.chained_optimizers:
+            for group in optimizer.param_groups:
+                # Biases and norms have a factor of 0, which only Megatron's own learning-rate scheduler would apply.
+                group["weight_decay"] = adam.weight_decay * group["wd_mult"]
         self.zero()
 
     def zero(self) -> None:

@@ -192,13 +192,13 @@ def plain_gradients(built: Network, read: roles.Read, terms: Sequence[tuple[Any,
 
 
 def distance(left: Tensors, right: Tensors) -> float:
-    """The largest difference over the tensors, each relative to its largest number."""
+    """The largest relative difference of a tensor, |left - right| / |right| in the 2-norm.
+
+    A tensor below a thousandth of the largest is measured against that, as its own numbers may be rounding noise.
+    """
     assert left.keys() == right.keys(), left.keys() ^ right.keys()
-    return max(_relative(left[name], right[name]) for name in left)
-
-
-def _relative(left: Tensor, right: Tensor) -> float:
-    return float((left - right).abs().max() / right.abs().max().clamp(min=1e-30))
+    floor = 1e-3 * max(float(tensor.norm()) for tensor in right.values())
+    return max(float((left[name] - right[name]).norm()) / max(float(right[name].norm()), floor) for name in left)
 
 
 def equal(left: Tensors, right: Tensors) -> bool:
