@@ -56,6 +56,8 @@ def test_report_holds_what_it_promises(finished: Path) -> None:
     assert report["ppo"]["first_ratio_error"] <= 1e-5
     assert 1.0 <= report["ppo"]["drift"] <= 1.0001
     assert 0 < report["reward"]["oracle_accuracy"] <= 1
+    assert abs(report["reward"]["demonstration_score"]) <= 1e-5, "T0-3: demonstrations score 0 after calibration"
+    assert abs(report["reward"]["demonstration_score_before"]) > 1e-5
     assert set(report["evaluation"]["win_rate"]["ppo_vs_sft"]) == {"mean", "low", "high", "n"}
     assert report["evaluation"]["weights"] == "average"
     stages = {"prepare", "pretrain", "sft", "rank", "reward", "ppo", "evaluate", "total"}

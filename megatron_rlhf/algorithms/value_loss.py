@@ -23,7 +23,8 @@ def clipped(
     """
     values, old_values, returns = (masked.kept(x, mask) for x in (values, old_values, returns))
     error = (values - returns) ** 2
-    near = old_values + (values - old_values).clamp(-clip, clip) if clip else values
+    # clamped to bounds, not old + clamped step: inside the bounds it is the value to the last bit
+    near = values.clamp(old_values - clip, old_values + clip) if clip else values
     near_error = (near - returns) ** 2
     total, count = 0.5 * torch.maximum(error, near_error).sum(), mask.sum()
     stats = Stats.of(

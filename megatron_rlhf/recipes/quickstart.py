@@ -94,7 +94,8 @@ def _report(run: Session, seconds: float, memory: int) -> None:
             "accuracy": rewarded["accuracy"],
             "oracle_accuracy": ranked["valid"]["oracle_accuracy"],
             "loss": rewarded["loss"],
-            "demonstration_score_before": rewarded["demonstration_score"],
+            "demonstration_score_before": rewarded["demonstration_score_before"],
+            "demonstration_score": rewarded["demonstration_score"],
         },
         "ppo": {
             "iterations": trained["iterations"],

@@ -30,7 +30,7 @@ def run(config: Config) -> None:
 
 
 def train(run: Session) -> dict[str, float]:
-    """Held-out loss and accuracy, and the mean demonstration score before it was moved to 0. Collective: world."""
+    """Held-out loss and accuracy, and the mean demonstration score before and after the bias. Collective: world."""
     config = run.config
     stream = _rankings(run, "train")
     network = run.network(config.reward_model, config.layout.reward, scalar=True, dropout=config.reward.dropout)
@@ -56,7 +56,8 @@ def train(run: Session) -> dict[str, float]:
     )
     learn(run, lesson)
     found = held_out(run, engine)
-    found["demonstration_score"] = calibrate(run, engine)
+    found["demonstration_score_before"] = calibrate(run, engine)
+    found["demonstration_score"] = demonstration_score(run, engine)
     run.log.row("reward", steps, {f"valid.{name}": value for name, value in found.items()})
     weights.save(engine.network, run.weights("reward"), found)
     return found
@@ -77,14 +78,19 @@ def held_out(run: Session, engine: Engine) -> dict[str, float]:
 
 def calibrate(run: Session, engine: Engine) -> float:
     """Shift the head's bias so that demonstrations score 0 on average; their mean before. Collective: world."""
-    mean = engine.forward(demonstrations_of(run, "train", CALIBRATED_ON).all_rows()).double().mean()
+    mean = demonstration_score(run, engine)
     bias = engine.network.parameters.get("head.bias")
     if bias is not None:
         with torch.no_grad():
-            bias.sub_(mean.to(bias))
+            bias.sub_(mean)
     if engine.optimizer is not None:
         engine.optimizer.reload()
-    return float(mean)
+    return mean
+
+
+def demonstration_score(run: Session, engine: Engine) -> float:
+    """The mean score of the first training demonstrations. Collective: world."""
+    return float(engine.forward(demonstrations_of(run, "train", CALIBRATED_ON).all_rows()).double().mean())
 
 
 def _rankings(run: Session, split: str) -> RankingStream:

@@ -50,7 +50,7 @@ KINDS = {
 def trajectory(words: str, kind: str) -> tuple[list[float], list[float], float]:
     """Losses and gradient norms of five steps and the share of clipped tokens at the end. Collective: world."""
     how = KINDS[kind]
-    role = tiny.engine(words, how.read, scalar=how.scalar, rate=3e-3, epsilon=how.epsilon)
+    role = tiny.engine(words, how.read, scalar=how.scalar, rate=3e-4, epsilon=how.epsilon)
     found, norms, clipped = [], [], 1.0
     made = tiny.experience(role.forward) if kind in ("policy", "value") else None
     for number in range(STEPS):
