@@ -48,7 +48,7 @@ def averaged(policy: Engine) -> dict[str, torch.Tensor]:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("words", ["tp2 pp2", "dp4", "tp2 dp2 sp", "pp2 @2-3"])
+@pytest.mark.parametrize("words", ["tp2 pp2", "dp4", pytest.param("tp2 dp2 sp", marks=pytest.mark.slow), "pp2 @2-3"])
 def test_three_more_steps_are_bit_equal(words: str, tmp_path: Path) -> None:
     """A new engine with the state from disk takes the same three steps as the one that never stopped."""
     first = role(words)

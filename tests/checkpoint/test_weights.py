@@ -21,8 +21,16 @@ from tests.helpers.grid import on_grid
 
 
 @on_grid(4)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("words", ["dp4", "tp2 pp2", "pp2 @2-3"])
+@pytest.mark.parametrize(
+    ("words", "tied"),
+    [
+        ("dp4", True),
+        ("tp2 pp2", False),
+        ("pp2 @2-3", True),
+        pytest.param("dp4", False, marks=pytest.mark.slow),
+        pytest.param("tp2 pp2", True, marks=pytest.mark.slow),
+    ],
+)
 def test_any_layout_reads_what_any_wrote(words: str, tied: bool, tmp_path: Path) -> None:
     """After an optimizer step, on every rank, replicas and tied copies too; extra facts come back."""
     role = tiny.engine(words, model=replace(tiny.MODEL, tied=tied), rate=0.01)

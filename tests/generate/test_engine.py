@@ -89,9 +89,13 @@ def flips(rollout: Rollout, perturbed: Tensor) -> int:
 
 @on_grid(4)
 @pytest.mark.parametrize(
-    "draw_as", [Draw(seed=3), Draw(temperature=0.0), Draw(temperature=0.7, seed=4)], ids=["T1", "greedy", "T0.7"]
+    ("words", "draw_as"),
+    [(words, Draw(seed=3)) for words in LAYOUTS]
+    + [("tp2 pp2", Draw(temperature=0.0)), ("tp2 dp2", Draw(temperature=0.7, seed=4))]
+    + [pytest.param(words, Draw(temperature=0.0), marks=pytest.mark.slow) for words in LAYOUTS if words != "tp2 pp2"]
+    + [pytest.param(words, Draw(temperature=0.7), marks=pytest.mark.slow) for words in LAYOUTS if words != "tp2 dp2"],
+    ids=str,
 )
-@pytest.mark.parametrize("words", LAYOUTS)
 def test_the_cache_equals_full_recompute(words: str, draw_as: Draw) -> None:
     """Tokens and their log-probs of ragged prompts whose rows end early, and while the cache is packed."""
     with mock.patch.object(decode.Cache, "keep", autospec=True, side_effect=decode.Cache.keep) as packed:
@@ -182,7 +186,7 @@ def test_a_limit_of_one_token() -> None:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("words", ["tp2 dp2", "tp4", "pp4"])
+@pytest.mark.parametrize("words", ["tp2 dp2", pytest.param("tp4", marks=pytest.mark.slow), "pp4"])
 def test_narrow_sampling(words: str) -> None:
     """top-k 1 and a vanishing top-p are greedy; else every token is among the k best, or in the nucleus."""
     greedy = responses(generate(words, Draw(temperature=0.0)))

@@ -48,7 +48,7 @@ def both(words: str, kind: str, *, marked: bool = True) -> tuple[dict[str, torch
 
 @on_grid(4)
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("words", ["tp2 dp2 sp", "tp2 pp2", "tp2 pp2 sp", "pp4"])
+@pytest.mark.parametrize("words", ["tp2 dp2 sp", "tp2 pp2", "tp2 pp2 sp", pytest.param("pp4", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_one_rank(words: str, kind: str) -> None:
     """Every gradient of a reward and of a value model, the head's too."""
     found, right = both(words, kind)

@@ -35,8 +35,11 @@ def trained(words: str, *, tied: bool = True) -> Engine:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("words", SOURCES)
+@pytest.mark.parametrize(
+    ("words", "tied"),
+    [(words, True) for words in SOURCES]
+    + [("tp2 pp2", False), *(pytest.param(words, False, marks=pytest.mark.slow) for words in SOURCES[1:])],
+)
 def test_every_pair_is_bit_equal(words: str, tied: bool) -> None:
     """Every rank of the target holds its slice of the main weights, replicas and tied copies too."""
     source = trained(words, tied=tied)
