@@ -97,6 +97,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.ffn" for model in _MODELS),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
+            "evaluate.max_tokens",
             *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
             *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
         ),
@@ -159,6 +160,7 @@ def _lengths(config: Config) -> Iterator[str]:
     for key, response in (
         ("data.max_response_tokens", data.max_response_tokens),
         ("sampling.max_tokens", config.sampling.max_tokens),
+        ("evaluate.max_tokens", config.evaluate.max_tokens),
     ):
         for name in _MODELS:
             context = getattr(config, name).context

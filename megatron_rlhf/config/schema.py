@@ -276,6 +276,8 @@ class Evaluate:
     """Held-out prompts."""
     temperature: float = 1.0
     """Temperature of the compared responses."""
+    max_tokens: int = 0
+    """Longest compared response, the end token included; 0 means sampling.max_tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

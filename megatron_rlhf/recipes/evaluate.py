@@ -41,9 +41,9 @@ def evaluate(run: Session) -> dict[str, Any]:
         run.data / "prompts.test.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=config.seed
     )
     prompts = stream.first(min(settings.prompts, len(stream)))
+    draws = {name: Draw(settings.temperature, seed=config.seed, iteration=-1 - at) for at, name in enumerate(COMPARED)}
     rollouts = {
-        name: answers(run, run.weights(name), prompts, Draw(settings.temperature, seed=config.seed, iteration=-1 - at))
-        for at, name in enumerate(COMPARED)
+        name: answers(run, run.weights(name), prompts, draw_as, settings.max_tokens) for name, draw_as in draws.items()
     }
     losses = {name: _losses(run, name) for name in ("pretrain", *COMPARED)}
     scores = _scores(run, rollouts)
@@ -59,6 +59,7 @@ def evaluate(run: Session) -> dict[str, Any]:
         found = {
             "weights": weights.manifest(run.weights("ppo"))["which"],
             "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens or config.sampling.max_tokens,
             "win_rate": _win_rates(golds, config.seed),
             "gold": {name: gold.means(values) for name, values in golds.items()},
             "score": scores,

@@ -12,10 +12,13 @@ from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.recipes.session import Session
 
 
-def answers(run: Session, folder: Path, prompts: Prompts, draw_as: Draw) -> Rollout:
-    """A response to every prompt by the weights in `folder`. Collective: world."""
+def answers(run: Session, folder: Path, prompts: Prompts, draw_as: Draw, max_tokens: int = 0) -> Rollout:
+    """A response to every prompt by the weights in `folder`, of at most `max_tokens` (0: sampling.max_tokens).
+
+    Collective: world.
+    """
     network = run.network(run.config.model, run.config.layout.generate)
     weights.load(network, folder)
     tokenizer = Tokenizer.load(run.data / "tokenizer.model")
     generator = Generator(network, end=tokenizer.end, rows=run.config.sampling.batch)
-    return generator.sample(prompts, draw_as, run.config.sampling.max_tokens)
+    return generator.sample(prompts, draw_as, max_tokens or run.config.sampling.max_tokens)
