@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rlhf.config.rules import BadInput
+from megatron_rlhf.models.names import Split
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.log import write_json
 
@@ -36,7 +38,11 @@ def save(network: Network, folder: Path, extra: dict[str, Any] | None = None) ->
     dist.barrier()
     if dist.get_rank() == 0:
         tensors = {
-            name: {"dim": entry.dim, "files": [_file(rank) for rank in entry.owners], "shard": list(entry.shard_shape)}
+            name: {
+                **asdict(entry.split),
+                "files": [_file(rank) for rank in entry.owners],
+                "shard": list(entry.shard_shape),
+            }
             for name, entry in network.directory.items()
         }
         write_json(beside / MANIFEST, {"tensors": tensors, "layout": str(grid.layout), **(extra or {})})
@@ -74,9 +80,8 @@ def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = ()) -> dict
             if file not in files:
                 files[file] = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
             shards.append(files[file][name])
-        full = shards[0] if entry["dim"] is None else torch.cat(shards, entry["dim"])
-        mine = network.directory[name]
-        part = full if mine.dim is None else full.chunk(network.grid.layout.tp, mine.dim)[network.grid.tp_rank]
+        full = Split(entry["dim"], entry["blocks"]).join(shards)
+        part = network.directory[name].split.part(full, network.grid.layout.tp, network.grid.tp_rank)
         if part.shape != parameter.shape:
             raise BadInput(f"{name} in {folder} is {tuple(part.shape)}, the model wants {tuple(parameter.shape)}")
         parameter.copy_(part)

@@ -15,7 +15,8 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Degrees an axis (`tp`, `pp`, `dp`), virtual stages `vp`, sequence parallelism `sp`, first rank, rank order."""
+    """Degrees an axis (`tp`, `pp`, `dp`), virtual stages `vp`, sequence parallelism `sp`, first rank, rank order, and
+    whether the world has other ranks beside it (`partial`)."""
 
     tp: int = 1
     pp: int = 1
@@ -24,6 +25,7 @@ class Layout:
     sp: bool = False
     first: int = 0
     order: str = "tp-dp-pp"
+    partial: bool = False
 
     @classmethod
     def parse(cls, words: str, world: int) -> Layout:
@@ -55,7 +57,7 @@ class Layout:
             raise LayoutError(f"'{words}' spans ranks {first}-{first + ranks - 1}, the world has {world}")
         tp, pp = degrees.get("tp", 1), degrees.get("pp", 1)
         dp = degrees.get("dp", max(1, ranks // (tp * pp)))
-        layout = cls(tp, pp, dp, degrees.get("vp", 1), sp, first, order)
+        layout = cls(tp, pp, dp, degrees.get("vp", 1), sp, first, order, ranks < world)
         if layout.size != ranks:
             where = f"the range @{span[0]}-{span[1]}" if span else "the world"
             raise LayoutError(f"tp{tp} pp{pp} dp{dp} is {layout.size} ranks, {where} has {ranks}")
@@ -87,6 +89,6 @@ class Layout:
         words = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
         words += [f"vp{self.vp}"] if self.vp > 1 else []
         words += ["sp"] if self.sp else []
-        words += [f"@{self.first}-{self.first + self.size - 1}"] if self.first else []
+        words += [f"@{self.first}-{self.first + self.size - 1}"] if self.partial else []
         words += [f"order={self.order}"] if self.order != ORDERS[0] else []
         return " ".join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from math import gcd
 
 from megatron_rlhf.config.layout import Layout, LayoutError
 from megatron_rlhf.config.schema import Config, Model, Sft
@@ -28,6 +29,9 @@ _ROLES = {
 # (settings, the words they may be)
 _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16")),
+    (tuple(f"{model}.style" for model in _MODELS), ("gpt", "llama")),
+    (tuple(f"{model}.rope.scaling" for model in _MODELS), ("none", "linear", "llama3", "yarn")),
+    (("compute.transformer_engine",), ("auto", "never")),
     (tuple(f"{learning}.schedule" for learning in _LEARNINGS), ("cosine", "constant")),
     (("compute.recompute",), ("none", "selective", "full")),
     (("sft.loss_on", "rl_start.loss_on"), ("response", "sequence")),
@@ -47,6 +51,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
             *("compute.micro_batch", "compute.forward_micro_batch", "sampling.max_tokens", "sampling.batch"),
             *("data.max_prompt_tokens", "data.max_response_tokens", "data.min_response_tokens"),
             *("data.prompts_per_user", "data.shared_prefix_tokens"),
+            *(f"{model}.rope.{number}" for model in _MODELS for number in ("factor", "original_context")),
             *("pretrain.steps", "pretrain.batch", "pretrain.length", "sft.epochs", "sft.batch"),
             *("rl_start.epochs", "rl_start.batch", "reward.epochs", "reward.batch", "rank.prompts"),
             *("rank.valid_prompts", "ppo.iterations", "ppo.episodes", "ppo.minibatches", "ppo.epochs"),
@@ -78,7 +83,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
     (
         (
             *(f"{learning}.{number}" for learning in _LEARNINGS for number in ("rate", "epsilon")),
-            *(f"{model}.init_std" for model in _MODELS),
+            *(f"{model}.{number}" for model in _MODELS for number in ("init_std", "norm_epsilon", "rope.low")),
         ),
         "above 0",
         lambda x: x > 0,
@@ -95,7 +100,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
     ),
     (
         (
-            *(f"{model}.ffn" for model in _MODELS),
+            *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
             "evaluate.max_tokens",
             *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
@@ -147,6 +152,23 @@ def _shapes(config: Config) -> Iterator[str]:
                 f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
                 f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
             )
+        elif model.style == "llama" and model.hidden // model.heads % 2:
+            yield (
+                f"{name}.hidden={model.hidden} over {name}.heads={model.heads} gives heads of odd width, which cannot "
+                f"rotate; write for example {name}.hidden={_up(model.hidden, 2 * model.heads)}"
+            )
+        if model.heads % model.groups:
+            yield (
+                f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
+                f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
+            )
+        if model.rope.high <= model.rope.low:
+            yield (
+                f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "
+                f"write for example {name}.rope.high={4 * model.rope.low:g}"
+            )
+        if model.style == "llama" and model.rope.base <= 1:
+            yield f"{name}.rope.base={model.rope.base:g} must be above 1; write for example {name}.rope.base=10000"
     if config.reward_model.vocabulary != config.model.vocabulary:
         yield (
             f"reward_model.vocabulary={config.reward_model.vocabulary} differs from model.vocabulary="
@@ -218,8 +240,8 @@ def _layouts(config: Config, world: int) -> Iterator[str]:
         except LayoutError as error:
             yield f"layout.{role}: {error}"
             continue
-        if layout.vp > 1:
-            yield f"layout.{role}='{words}' asks for virtual stages, which are not supported; leave vp{layout.vp} out"
+        if role == "generate" and layout.vp > 1:
+            yield f"layout.generate='{words}' asks for virtual stages, useless for generation; leave vp{layout.vp} out"
         if role == "generate" and layout.sp:
             yield f"layout.generate='{words}' asks for sequence parallelism, useless for generation; leave sp out"
         yield from _splits(f"layout.{role}='{words}'", layout, model_name, getattr(config, model_name))
@@ -229,8 +251,9 @@ def _splits(words: str, layout: Layout, name: str, model: Model) -> Iterator[str
     stages = layout.pp * layout.vp
     for key, number, axis, degree in (
         ("heads", model.heads, "tp", layout.tp),
+        ("kv_heads", model.kv_heads, "tp", layout.tp),
         ("hidden", model.hidden, "tp", layout.tp),
-        ("ffn", model.ffn, "tp", layout.tp),
+        ("ffn", model.ffn_width, "tp", layout.tp),
         ("layers", model.layers, "pp x vp", stages),
     ):
         if number % degree:

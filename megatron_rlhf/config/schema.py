@@ -9,6 +9,24 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary positions of the llama style."""
+
+    base: float = 10000.0
+    """Base of the frequencies (theta)."""
+    scaling: str = "none"
+    """none, linear, llama3 or yarn: how the frequencies change for contexts longer than the original one."""
+    factor: float = 1.0
+    """How many times the original context the scaled one is."""
+    low: float = 1.0
+    """llama3: frequencies that turn less often within the original context are divided by `factor`."""
+    high: float = 4.0
+    """llama3: frequencies that turn more often within the original context stay."""
+    original_context: int = 8192
+    """llama3, yarn: the context the model was first trained with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """Architecture only."""
 
@@ -23,13 +41,32 @@ class Model:
     context: int = 2048
     """Longest row in tokens."""
     ffn: int = 0
-    """Width of the feed-forward block; 0 means 4 x hidden."""
+    """Width of the feed-forward block; 0 means 4 x hidden, for llama 8/3 x hidden up to a multiple of 256."""
     tied: bool = True
     """Whether the output layer is the input embedding (GPT-3)."""
+    style: str = "gpt"
+    """gpt (learned positions, LayerNorm, GELU, biases) or llama (rotary positions, RMSNorm, SwiGLU, no biases)."""
+    kv_heads: int = 0
+    """Key-value heads, each shared by heads / kv_heads query heads; 0 means as many as heads."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of the norms."""
+    rope: Rope = field(default_factory=Rope)
+    """Rotary positions, where the style has them."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     precision: str = "fp32"
     """fp32 or bf16."""
+
+    @property
+    def ffn_width(self) -> int:
+        """Width of the feed-forward block."""
+        usual = 4 * self.hidden if self.style == "gpt" else -(-8 * self.hidden // (3 * 256)) * 256
+        return self.ffn or usual
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads."""
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +97,8 @@ class Compute:
     """Rows of one forward without backward."""
     recompute: str = "none"
     """none, selective (core attention) or full (whole layers)."""
+    transformer_engine: str = "auto"
+    """auto uses Transformer Engine's layers where it and a GPU are there, never leaves them out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

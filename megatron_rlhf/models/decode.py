@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rlhf.models.attention import CoreAttention, LayerCache
+from megatron_rlhf.models.rope import Rotary
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import device
 
@@ -23,7 +24,7 @@ class Cache:
     def __init__(self, network: Network, rows: int, capacity: int) -> None:
         """Allocate [b, g, capacity, d] twice a layer and hang them into the stage."""
         config, tp = network.config, network.grid.layout.tp
-        heads = (config.num_query_groups or config.num_attention_heads) // tp
+        heads = network.model.groups // tp
         here = device()
         self.lengths_b = torch.zeros(rows, dtype=torch.int64, device=here)
         self.attentions = [m for chunk in network.chunks for m in chunk.modules() if isinstance(m, CoreAttention)]
@@ -69,7 +70,14 @@ def advance(stage: GPTModel, tokens_b: Tensor, lengths_b: Tensor, hidden: Tensor
 def _forward(stage: GPTModel, tokens: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
     if not stage.pre_process:
         stage.set_input_tensor(hidden)
-    return stage(tokens, positions, attention_mask=None)
+    if not isinstance(getattr(stage, "rotary_pos_emb", None), Rotary):
+        return stage(tokens, positions, attention_mask=None)
+    # A row's one new token stands at a place of its own; a prompt starts at 0, as every row in training does.
+    stage.rotary_pos_emb.positions_b = positions[:, 0] if positions.shape[1] == 1 else None
+    try:
+        return stage(tokens, positions, attention_mask=None)
+    finally:
+        stage.rotary_pos_emb.positions_b = None
 
 
 @contextmanager

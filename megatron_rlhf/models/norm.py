@@ -7,6 +7,8 @@ because nothing would mark the weights whose gradients must be summed over tp; h
 from __future__ import annotations
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -23,3 +25,11 @@ class Norm:
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return module
+
+
+def local_layer(config: TransformerConfig) -> ModuleSpec:
+    """One transformer layer of Megatron's own modules with this norm in it."""
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer.submodules.input_layernorm = Norm
+    layer.submodules.pre_mlp_layernorm = Norm
+    return layer

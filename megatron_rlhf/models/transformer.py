@@ -1,4 +1,4 @@
-"""A role's network: GPT-style Megatron-Core stages of one layout, with weights that do not depend on the layout."""
+"""A role's network: Megatron-Core stages of one layout, with weights that do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ import zlib
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlhf.config.schema import Model
-from megatron_rlhf.models import names
-from megatron_rlhf.models.attention import CoreAttention
-from megatron_rlhf.models.heads import ScalarModel
-from megatron_rlhf.models.norm import Norm
+from megatron_rlhf.models import names, stage, transformer_engine
 from megatron_rlhf.parallel.collectives import device
 from megatron_rlhf.parallel.grid import Grid
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,79 +56,31 @@ def build(
     scalar: bool = False,
     dropout: float = 0.0,
     recompute: str = "none",
+    engine: str = "auto",
 ) -> Network:
-    """The network of `model` under `grid`; its weights depend on `seed` and their names alone. Collective: world."""
+    """The network of `model` under `grid`; its weights depend on `seed` and their names alone. Collective: world.
+
+    `engine` "auto" takes Transformer Engine's layers where they can run, "never" leaves them out.
+    """
     chunks: list[GPTModel] = []
     if grid.inside:
         grid.seed(seed)
-        chunks.append(_stage(model, grid, rows, scalar, dropout, recompute))
-    parameters = names.local(chunks)
+        config = stage.configuration(model, grid.layout, dropout=dropout, recompute=recompute)
+        fused = engine == "auto" and transformer_engine.usable()
+        chunks = [
+            stage.build(model, config, grid, rows=rows, scalar=scalar, chunk=chunk, engine=fused).to(device())
+            for chunk in range(grid.layout.vp)
+        ]
+    parameters, gated = names.local(chunks), model.style == "llama"
     for name, parameter in parameters.items():
-        _initialise(name, parameter, model, grid, seed)
-    return Network(model, grid, rows, scalar, chunks, parameters, names.directory(parameters, grid))
-
-
-def _stage(model: Model, grid: Grid, rows: int, scalar: bool, dropout: float, recompute: str) -> GPTModel:
-    assert grid.groups is not None
-    config = _config(model, grid, dropout, recompute)
-    kind = ScalarModel if scalar else GPTModel
-    extra = {} if scalar else {"share_embeddings_and_output_weights": model.tied}
-    stage = kind(
-        config=config,
-        transformer_layer_spec=_spec(config, grid),
-        vocab_size=rows,
-        max_sequence_length=model.context,
-        pre_process=grid.first_stage,
-        post_process=grid.last_stage,
-        position_embedding_type="learned_absolute",
-        pg_collection=grid.groups,
-        **extra,
-    )
-    return stage.to(device())
-
-
-def _spec(config: TransformerConfig, grid: Grid) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    layer.submodules.input_layernorm = Norm
-    layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
-    count = get_num_layers_to_build(config, pp_rank=grid.pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[ModuleSpec(**vars(layer))] * count, layer_norm=Norm)
-
-
-def _config(model: Model, grid: Grid, dropout: float, recompute: str) -> TransformerConfig:
-    layout = grid.layout
-    full = recompute == "full"
-    return TransformerConfig(
-        num_layers=model.layers,
-        hidden_size=model.hidden,
-        num_attention_heads=model.heads,
-        ffn_hidden_size=model.ffn or 4 * model.hidden,
-        hidden_dropout=dropout,
-        attention_dropout=0.0,
-        normalization="LayerNorm",
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        sequence_parallel=layout.sp and layout.tp > 1,
-        params_dtype=PRECISIONS[model.precision],
-        pipeline_dtype=PRECISIONS[model.precision],
-        bf16=model.precision == "bf16",
-        calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        recompute_granularity=None if recompute == "none" else recompute,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
-    )
+        _initialise(name, parameter, model, grid, seed, names.split_of(name, parameter, gated=gated))
+    return Network(model, grid, rows, scalar, chunks, parameters, names.directory(parameters, grid, gated=gated))
 
 
 @torch.no_grad()
-def _initialise(name: str, parameter: torch.nn.Parameter, model: Model, grid: Grid, seed: int) -> None:
+def _initialise(
+    name: str, parameter: torch.nn.Parameter, model: Model, grid: Grid, seed: int, split: names.Split
+) -> None:
     if name.endswith("layernorm.weight"):
         parameter.fill_(1.0)
         return
@@ -148,11 +92,6 @@ def _initialise(name: str, parameter: torch.nn.Parameter, model: Model, grid: Gr
         std /= math.sqrt(2 * model.layers)
     if name == "head.weight":
         std = 1 / math.sqrt(model.hidden + 1)
-    dim = names.split_dim(parameter)
-    shape = list(parameter.shape)
-    if dim is not None:
-        shape[dim] *= grid.layout.tp
+    shape, tp = split.whole_shape(parameter.shape, grid.layout.tp), grid.layout.tp
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    whole = torch.normal(0.0, std, shape, generator=generator)
-    part = whole if dim is None else whole.chunk(grid.layout.tp, dim)[grid.tp_rank]
-    parameter.copy_(part)
+    parameter.copy_(split.part(torch.normal(0.0, std, shape, generator=generator), tp, grid.tp_rank))

@@ -86,6 +86,7 @@ class Session:
             scalar=scalar,
             dropout=dropout,
             recompute=self.config.compute.recompute,
+            engine=self.config.compute.transformer_engine,
         )
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:

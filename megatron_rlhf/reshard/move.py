@@ -34,7 +34,7 @@ def copy(source: Network, target: Network, *, fresh: tuple[str, ...] = ()) -> in
         received += whole.numel() * whole.element_size()
         parameter = target.parameters.get(name)
         if parameter is not None:
-            parameter.copy_(_slice(whole, entry, target.grid.layout.tp, target.grid.tp_rank))
+            parameter.copy_(entry.split.part(whole, target.grid.layout.tp, target.grid.tp_rank))
     return received
 
 
@@ -54,11 +54,7 @@ def _gathered(parameter: torch.nn.Parameter | None, entry: Entry) -> torch.Tenso
             shard = torch.empty(entry.shard_shape, dtype=entry.dtype, device=device())
         dist.broadcast(shard, owner)
         shards.append(shard)
-    return shards[0] if entry.dim is None else torch.cat(shards, entry.dim)
-
-
-def _slice(full: torch.Tensor, entry: Entry, tp: int, tp_rank: int) -> torch.Tensor:
-    return full if entry.dim is None else full.chunk(tp, entry.dim)[tp_rank]
+    return entry.split.join(shards)
 
 
 def _check(name: str, origin: Entry, entry: Entry) -> None:
@@ -69,9 +65,4 @@ def _check(name: str, origin: Entry, entry: Entry) -> None:
 
 
 def _full_shape(entry: Entry) -> tuple[int, ...]:
-    shape = list(entry.shard_shape)
-    if entry.dim is not None:
-        shape[entry.dim] *= len(entry.owners)
-    return tuple(shape)
-
-
+    return entry.split.whole_shape(entry.shard_shape, len(entry.owners))

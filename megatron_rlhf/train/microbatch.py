@@ -50,6 +50,9 @@ def cut(batch: Batch, grid: Grid, rows_each: int) -> list[Part]:
     dp = grid.layout.dp
     local = math.ceil(len(batch) / dp)
     count = math.ceil(local / max(1, rows_each // each))
+    if grid.layout.vp > 1:
+        # Interleaved stages take micro-batches in groups of pp; what is missing runs empty.
+        count = math.ceil(count / grid.layout.pp) * grid.layout.pp
     size = math.ceil(local / count)
     index = torch.full((count * size * dp,), -1, dtype=torch.int64)
     index[: len(batch)] = order

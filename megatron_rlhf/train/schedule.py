@@ -30,6 +30,10 @@ def run(
     config = network.config
     assert config.finalize_model_grads_func is None, "gradients are finalised by update() alone"
 
+    pipelined, virtual = grid.layout.pp > 1, grid.layout.vp > 1
+    if virtual and (config.batch_p2p_comm or config.deallocate_pipeline_outputs):
+        raise RuntimeError("interleaved stages with these sends would give wrong gradients without a word")
+
     def step(queue: Iterator[Part], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         part = next(queue)
         output = stage(*_inputs(part), attention_mask=None)
@@ -39,11 +43,10 @@ def run(
 
         return output, kept
 
-    pipelined = grid.layout.pp > 1
-    schedule = get_forward_backward_func(pp_size=grid.layout.pp, vp_size=None)
+    schedule = get_forward_backward_func(pp_size=grid.layout.pp, vp_size=grid.layout.vp if virtual else None)
     return schedule(
         forward_step_func=step,
-        data_iterator=iter(parts),
+        data_iterator=[iter(parts) for _ in stages] if virtual else iter(parts),
         model=stages,
         num_microbatches=len(parts),
         seq_length=parts[0].length,

@@ -19,9 +19,9 @@ from megatron_rlhf.config.layout import ORDERS, Layout, LayoutError
         ("tp2 pp2", 8, Layout(tp=2, pp=2, dp=2)),
         ("pp2 tp2 sp dp1", 4, Layout(tp=2, pp=2, sp=True)),
         ("tp8 pp16 dp8 vp2 sp", 1024, Layout(tp=8, pp=16, dp=8, vp=2, sp=True)),
-        ("tp2 @2-3", 4, Layout(tp=2, first=2)),
-        ("tp2 @4-7 order=tp-pp-dp", 8, Layout(tp=2, dp=2, first=4, order="tp-pp-dp")),
-        ("tp1 @0-0", 4, Layout()),
+        ("tp2 @2-3", 4, Layout(tp=2, first=2, partial=True)),
+        ("tp2 @4-7 order=tp-pp-dp", 8, Layout(tp=2, dp=2, first=4, order="tp-pp-dp", partial=True)),
+        ("tp1 @0-0", 4, Layout(partial=True)),
     ],
 )
 def test_words_become_degrees(words: str, world: int, layout: Layout) -> None:
@@ -52,7 +52,14 @@ def test_wrong_words_are_one_sentence(words: str, world: int, sentence: str) -> 
 
 @pytest.mark.parametrize(
     "words",
-    ["tp1 pp1 dp8", "tp2 pp2 dp2", "tp4 pp2 dp1 sp", "tp2 pp4 dp1 vp2 sp order=tp-pp-dp", "tp2 pp1 dp1 @6-7"],
+    [
+        "tp1 pp1 dp8",
+        "tp2 pp2 dp2",
+        "tp4 pp2 dp1 sp",
+        "tp2 pp4 dp1 vp2 sp order=tp-pp-dp",
+        "tp2 pp1 dp1 @6-7",
+        "tp2 pp1 dp2 @0-3",
+    ],
 )
 def test_printed_words_are_read_back(words: str) -> None:
     """`str` and `parse` are inverse in the same world."""

@@ -29,6 +29,8 @@ ONE = "tp1 @0-0"
 PADDED = 128
 """Rows of the embedding; the vocabulary of MODEL is 100."""
 MODEL = Model(layers=4, hidden=32, heads=4, vocabulary=100, context=64, init_std=0.1)
+LLAMA = replace(MODEL, style="llama", heads=8, kv_heads=4, ffn=64, tied=False)
+STYLES = {"gpt": MODEL, "llama": LLAMA}
 
 Tensors = Mapping[str, Tensor]
 
@@ -79,6 +81,12 @@ def rows(count: int = 12, *, seed: int = 3, vocabulary: int = 100, longest: int 
     width = int(lengths_B.max())
     tokens_BT = torch.randint(1, vocabulary, (count, width), generator=generator)
     return Rows(tokens_BT.masked_fill(torch.arange(width) >= lengths_B[:, None], 0), prompts_B, lengths_B)
+
+
+def text(count: int, length: int = 12, *, seed: int = 7, vocabulary: int = 100) -> Rows:
+    """Pretraining rows of one length: a prompt of one token, no padding."""
+    tokens_BT = torch.randint(1, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    return Rows(tokens_BT, torch.ones(count, dtype=torch.int64), torch.full((count,), length))
 
 
 def prompts(count: int, *, seed: int = 4, vocabulary: int = 100, longest: int = 9) -> Prompts:
@@ -211,7 +219,6 @@ def copies_agree(built: Network) -> bool:
     full, tp = weights(built), built.grid.layout.tp
     same = True
     for name, parameter in built.parameters.items():
-        dim = built.directory[name].dim
-        part = full[name] if dim is None else full[name].chunk(tp, dim)[built.grid.tp_rank]
+        part = built.directory[name].split.part(full[name], tp, built.grid.tp_rank)
         same &= torch.equal(part, parameter)
     return not any_rank(not same)

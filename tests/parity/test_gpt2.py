@@ -19,10 +19,10 @@ from megatron_rlhf.batch import Rows
 from megatron_rlhf.config.schema import Compute, Model
 from megatron_rlhf.models import roles
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel.collectives import gather
 from megatron_rlhf.train.engine import Engine
 from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
+from tests.helpers.logits import all_logits
 
 MODEL = Model(layers=2, hidden=64, heads=4, vocabulary=100, context=32)
 LAYER = {
@@ -45,28 +45,6 @@ OUTER = {
     "decoder.final_layernorm.weight": "ln_f.weight",
     "decoder.final_layernorm.bias": "ln_f.bias",
 }
-
-
-class AllLogits(roles.Read):
-    """Reads every logit of the vocabulary at `length` positions, [b, length, V]. Collective: tp."""
-
-    __slots__ = ("length",)
-
-    def trailing(self, width: int) -> tuple[int, ...]:
-        return (self.length, MODEL.vocabulary)
-
-
-def all_logits(length: int) -> roles.Read:
-    """What a policy says of every word at the first `length` positions."""
-
-    def read(network: Network, logits_bSV: Tensor, rows: Rows, width: int) -> Tensor:
-        assert network.grid.groups is not None
-        shards = gather(logits_bSV, network.grid.groups.tp)
-        return torch.cat(list(shards), -1)[:, :length, : MODEL.vocabulary].float()
-
-    chosen = AllLogits(read)
-    object.__setattr__(chosen, "length", length)
-    return chosen
 
 
 def mapped(weights: Mapping[str, Tensor], name: str) -> Tensor:
@@ -92,8 +70,7 @@ def fill(network: Network, weights: Mapping[str, Tensor]) -> None:
         full = mapped(weights, name)
         if name == "embedding.word_embeddings.weight":
             full = torch.cat([full, torch.ones(network.rows - len(full), full.shape[1])])
-        dim = network.directory[name].dim
-        parameter.copy_(full if dim is None else full.chunk(grid.layout.tp, dim)[grid.tp_rank])
+        parameter.copy_(network.directory[name].split.part(full, grid.layout.tp, grid.tp_rank))
 
 
 @on_grid(4)
@@ -103,7 +80,7 @@ def test_every_logit_is_gpt2s(words: str, gpt2: dict[str, Any]) -> None:
     built = tiny.network(words, MODEL)
     fill(built, gpt2["weights"])
     rows = Rows(gpt2["tokens"], torch.ones_like(gpt2["lengths"]), gpt2["lengths"])
-    read = all_logits(rows.tokens_BT.shape[1])
+    read = all_logits(rows.tokens_BT.shape[1], MODEL.vocabulary)
     found = Engine(built, read, Compute(forward_micro_batch=2)).forward(rows)
     real = torch.arange(found.shape[1]) < rows.lengths_B[:, None]
     expected = gpt2["logits"]
