@@ -47,6 +47,15 @@ BROKEN = [
     (["layout.value=tp2 pp2 vp4"], "layout.value='tp2 pp2 vp4' splits reward_model.layers=4 in 8 (pp x vp)"),
     (["model.heads=1"], "splits model.heads=1 in 2 (tp), which does not divide it; write for example model.heads=2"),
     (["layout.policy=tp4 vp2"], "has virtual stages without a pipeline"),
+    (["layout.generate=tp2 pp2 vp2"], "asks for virtual stages, useless for generation; leave vp2 out"),
+    (["model.kv_heads=3"], "model.heads=4 is no multiple of model.kv_heads=3; write for example model.kv_heads=1"),
+    (["model.kv_heads=1"], "splits model.kv_heads=1 in 2 (tp), which does not divide it"),
+    (["model.style=lama"], "model.style is 'lama'; it must be one of gpt, llama"),
+    (["model.style=llama", "model.rope.scaling=ntk"], "must be one of none, linear, llama3, yarn"),
+    (["model.style=llama", "model.rope.high=1"], "model.rope.high=1 must be above model.rope.low=1"),
+    (["model.style=llama", "model.rope.factor=0.5"], "model.rope.factor is 0.5; it must be at least 1"),
+    (["model.style=llama", "model.rope.base=1"], "model.rope.base=1 must be above 1"),
+    (["model.style=llama", "model.hidden=132", "model.heads=4"], "gives heads of odd width, which cannot rotate"),
 ]
 
 
