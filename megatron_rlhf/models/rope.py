@@ -56,10 +56,11 @@ class Rotary(torch.nn.Module):
     """Angles [s, 1, 1, d] of positions 0 to s-1, or [1, b, 1, d] of `positions_b` while these are set."""
 
     def __init__(self, model: Model, config: TransformerConfig) -> None:
-        """Compute the frequencies of `model` once, on the device of the stage."""
+        """Compute the frequencies of `model` once, in fp32 whatever the stage's precision."""
         super().__init__()
         assert config.kv_channels is not None
-        self.inv_freq = frequencies(model.rope, config.kv_channels).to(torch.cuda.current_device())
+        with torch.device("cpu"):
+            self.frequencies = frequencies(model.rope, config.kv_channels)
         self.shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.positions_b: Tensor | None = None
 
@@ -70,8 +71,10 @@ class Rotary(torch.nn.Module):
 
     def forward(self, length: int, **_: Any) -> Tensor:
         """The angles; the two halves of a head's width turn together."""
+        self.frequencies = self.frequencies.to(torch.cuda.current_device())
         if self.positions_b is None:
-            angles = torch.outer(torch.arange(length, device=self.inv_freq.device).float(), self.inv_freq)[:, None]
+            positions = torch.arange(length, device=self.frequencies.device)
+            angles = torch.outer(positions.float(), self.frequencies)[:, None]
         else:
-            angles = torch.outer(self.positions_b.float(), self.inv_freq)[None]
+            angles = torch.outer(self.positions_b.float(), self.frequencies)[None]
         return torch.cat([angles, angles], dim=-1)[:, :, None]

@@ -46,10 +46,11 @@ def build(
     )
     if model.style == "llama":
         stage.rotary_pos_emb = Rotary(model, config)
-    return stage
+    # Megatron builds the position embedding in fp32 whatever `params_dtype` says.
+    return stage.to(config.params_dtype)
 
 
-def configuration(model: Model, layout: Layout, *, dropout: float, recompute: str) -> TransformerConfig:
+def configuration(model: Model, layout: Layout, *, dropout: float = 0.0, recompute: str = "none") -> TransformerConfig:
     """Megatron's configuration of every stage of `model` under `layout`."""
     full, llama = recompute == "full", model.style == "llama"
     width = model.hidden // model.heads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -75,6 +76,25 @@ def build(
     for name, parameter in parameters.items():
         _initialise(name, parameter, model, grid, seed, names.split_of(name, parameter, gated=gated))
     return Network(model, grid, rows, scalar, chunks, parameters, names.directory(parameters, grid, gated=gated))
+
+
+def outline(model: Model, grid: Grid, *, rows: int, scalar: bool = False) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by global name on the meta device: `build`'s stages without memory, weights or talk."""
+    if grid.groups is None:
+        return {}
+    # without the group of first and last stage Megatron does not fill a tied output layer from the embedding
+    groups = copy(grid.groups)
+    groups.embd = None
+    config = stage.configuration(model, grid.layout)
+    config.use_cpu_initialization = True  # which names no device, so torch's default holds
+    quiet = replace(grid, groups=groups)
+    with torch.device("meta"):
+        return names.local(
+            [
+                stage.build(model, config, quiet, rows=rows, scalar=scalar, chunk=chunk, engine=False)
+                for chunk in range(grid.layout.vp)
+            ]
+        )
 
 
 @torch.no_grad()

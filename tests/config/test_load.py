@@ -68,8 +68,16 @@ def test_a_config_is_frozen() -> None:
         ("ppo", [SFT, "ppo.lam=???"], "'ppo.lam' is missing; write for example ppo.lam=0.95"),
         ("ppo", [SFT, "layout=cpu5"], "layout=cpu5 is unknown; the nearest is layout=cpu"),
         ("ppo", [SFT, "model@reward_model=gpt_6"], "the nearest is model@reward_model=gpt_6b"),
-        ("ppo", ["experiment=quikstart"], "the nearest is experiment=quickstart (there are instructgpt_1b3, quick"),
-        ("ppo", [], "ppo needs an experiment; write ppo experiment=quickstart (there are instructgpt_1b3, quickstart)"),
+        (
+            "ppo",
+            ["experiment=quikstart"],
+            "the nearest is experiment=quickstart (there are instructgpt_175b, instructgpt_1b3, instructgpt_6b, quick",
+        ),
+        (
+            "ppo",
+            [],
+            "ppo needs an experiment; write ppo experiment=quickstart (there are instructgpt_175b, instructgpt_1b3, instructgpt_6b, quickstart)",
+        ),
         ("poo", [], "recipe 'poo' is unknown; there are evaluate, p"),
     ],
 )
