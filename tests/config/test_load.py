@@ -71,12 +71,12 @@ def test_a_config_is_frozen() -> None:
         (
             "ppo",
             ["experiment=quikstart"],
-            "the nearest is experiment=quickstart (there are instructgpt_175b, instructgpt_1b3, instructgpt_6b, quick",
+            "the nearest is experiment=quickstart (there are instructgpt_175b, ",
         ),
         (
             "ppo",
             [],
-            "ppo needs an experiment; write ppo experiment=quickstart (there are instructgpt_175b, instructgpt_1b3, instructgpt_6b, quickstart)",
+            "ppo needs an experiment; write ppo experiment=quickstart (there are instructgpt_175b, ",
         ),
         ("poo", [], "recipe 'poo' is unknown; there are evaluate, p"),
     ],
