@@ -21,7 +21,7 @@ from megatron_rlhf.models.norm import Norm
 from megatron_rlhf.parallel.collectives import device
 from megatron_rlhf.parallel.grid import Grid
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ def _stage(model: Model, grid: Grid, rows: int, scalar: bool, dropout: float, re
         pg_collection=grid.groups,
         **extra,
     )
-    return stage.to(device())
+    # Megatron builds the position embedding in fp32 whatever `params_dtype` says.
+    return stage.to(device(), config.params_dtype)
 
 
 def _spec(config: TransformerConfig, grid: Grid) -> TransformerBlockSubmodules:
@@ -121,6 +122,7 @@ def _config(model: Model, grid: Grid, dropout: float, recompute: str) -> Transfo
         params_dtype=PRECISIONS[model.precision],
         pipeline_dtype=PRECISIONS[model.precision],
         bf16=model.precision == "bf16",
+        fp16=model.precision == "fp16",
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         gradient_accumulation_fusion=False,
