@@ -28,7 +28,7 @@ _ROLES = {
 
 # (settings, the words they may be)
 _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-    (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16")),
+    (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16", "fp16")),
     (tuple(f"{model}.style" for model in _MODELS), ("gpt", "llama")),
     (tuple(f"{model}.rope.scaling" for model in _MODELS), ("none", "linear", "llama3", "yarn")),
     (("compute.transformer_engine",), ("auto", "never")),
@@ -56,6 +56,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
             *("rl_start.epochs", "rl_start.batch", "reward.epochs", "reward.batch", "rank.prompts"),
             *("rank.valid_prompts", "ppo.iterations", "ppo.episodes", "ppo.minibatches", "ppo.epochs"),
             *("ppo.pretraining_ratio", "evaluate.prompts"),
+            *(f"adam.loss_scale.{count}" for count in ("growth_interval", "hysteresis", "patience")),
         ),
         "at least 1",
         lambda x: x >= 1,
@@ -79,7 +80,8 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         lambda x: 0 <= x < 1,
         "0.1",
     ),
-    (("data.valid_share",), "above 0 and below 1", lambda x: 0 < x < 1, "0.1"),
+    (("data.valid_share", "adam.loss_scale.backoff"), "above 0 and below 1", lambda x: 0 < x < 1, "0.1"),
+    (("adam.loss_scale.growth",), "above 1", lambda x: x > 1, "2"),
     (
         (
             *(f"{learning}.{number}" for learning in _LEARNINGS for number in ("rate", "epsilon")),
@@ -92,7 +94,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
     (
         (
             *("adam.clip", "ppo.clip", "sampling.temperature", "rank.temperature", "evaluate.temperature"),
-            *("ppo.kl.target", "ppo.kl.horizon"),
+            *("ppo.kl.target", "ppo.kl.horizon", "adam.loss_scale.initial", "adam.loss_scale.minimum"),
         ),
         "above 0",
         lambda x: x > 0,
@@ -205,7 +207,12 @@ def _lengths(config: Config) -> Iterator[str]:
 
 
 def _counts(config: Config) -> Iterator[str]:
-    ppo, rank = config.ppo, config.rank
+    ppo, rank, scale = config.ppo, config.rank, config.adam.loss_scale
+    if scale.minimum > scale.initial:
+        yield (
+            f"adam.loss_scale.minimum={scale.minimum} is above adam.loss_scale.initial={scale.initial}; "
+            f"write for example adam.loss_scale.minimum={scale.initial}"
+        )
     if ppo.episodes % ppo.minibatches:
         yield (
             f"ppo.episodes={ppo.episodes} is no multiple of ppo.minibatches={ppo.minibatches}; "

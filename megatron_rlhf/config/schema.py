@@ -55,7 +55,7 @@ class Model:
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     precision: str = "fp32"
-    """fp32 or bf16."""
+    """fp32, bf16, or fp16 with a dynamic loss scale (`adam.loss_scale`)."""
 
     @property
     def ffn_width(self) -> int:
@@ -102,6 +102,29 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossScale:
+    """What fp16 multiplies the loss by, so that small gradients do not round to 0; other precisions have none.
+
+    An update whose gradients overflow is skipped. All but `initial` (2^32) and `patience` are Megatron's defaults.
+    """
+
+    initial: float = 65536.0
+    """The first scale; powers of two unscale exactly."""
+    growth_interval: int = 1000
+    """Updates in a row without overflow after which the scale grows."""
+    growth: float = 2.0
+    """What it grows by."""
+    backoff: float = 0.5
+    """What an overflow multiplies it by."""
+    hysteresis: int = 2
+    """Overflows since the scale last grew until it first shrinks; from then on every overflow shrinks it."""
+    minimum: float = 1.0
+    """The smallest scale."""
+    patience: int = 20
+    """Overflows in a row at the smallest scale that end the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adam:
     """Adam's constants, the paper's for every model (appendix C)."""
 
@@ -113,6 +136,10 @@ class Adam:
     """open: none in reward and PPO training."""
     clip: float = 1.0
     """open: global gradient norm limit."""
+    host: bool = False
+    """Whether fp32 main weights and moments lie in host memory, where Adam then runs; for GPUs that are too small."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """The loss scale of fp16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +153,7 @@ class Learning:
     final: float = 0.1
     """Share of the peak at the end of the cosine."""
     warmup: int = 0
-    """Steps (iterations for the policy in PPO) of linear warm-up."""
+    """Updates (iterations in PPO) of linear warm-up; one that fp16 skipped does not count."""
     warmup_start: float = 0.1
     """Share of the peak at step 0 of the warm-up."""
     epsilon: float = 1e-8

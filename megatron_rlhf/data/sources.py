@@ -60,7 +60,7 @@ def conversations(talks: list[chitchat.Conversation], seed: int) -> Corpus:
     poor = 0
     for talk in talks:
         shared = {"users": sorted(set(talk.speakers)), "conversation": talk.name, "source": "chitchat"}
-        text.append({"text": "\n".join(talk.turns), "user": talk.speakers[0], **shared})
+        text += [{"text": part, "user": talk.speakers[0], **shared} for part in _parts(talk.turns)]
         if talk.rating < GOOD_RATING:
             poor += 1
             continue
@@ -91,6 +91,15 @@ def folder(path: Path) -> Corpus:
         text = [_owned(row, "text") for row in jsonl.read(path / "text.jsonl", ["text"])]
     counters = {"demonstrations": len(demonstrations), "prompts": len(prompts), "texts": len(text)}
     return Corpus(demonstrations, prompts, text, counters, conversational=False)
+
+
+def _parts(turns: tuple[str, ...]) -> list[str]:
+    """The turns as texts of a prompt and its response each.
+
+    The end token closes a text: whole conversations would teach that a turn is followed by a newline.
+    """
+    size = TURNS + 1
+    return ["\n".join(turns[start : start + size]) for start in range(0, len(turns), size)]
 
 
 def users_of(row: Mapping[str, Any]) -> frozenset[str]:

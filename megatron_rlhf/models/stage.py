@@ -20,7 +20,7 @@ from megatron_rlhf.models.norm import Norm, local_layer
 from megatron_rlhf.models.rope import Rotary, attention_factor
 from megatron_rlhf.parallel.grid import Grid
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(
@@ -79,6 +79,7 @@ def configuration(model: Model, layout: Layout, *, dropout: float = 0.0, recompu
         params_dtype=PRECISIONS[model.precision],
         pipeline_dtype=PRECISIONS[model.precision],
         bf16=model.precision == "bf16",
+        fp16=model.precision == "fp16",
         calculate_per_token_loss=True,
         # With overlapped sends over gloo the tensor would be freed while it travels.
         deallocate_pipeline_outputs=False,

@@ -60,7 +60,7 @@ def learn(session: Session, lesson: Lesson) -> Stats:
 
 
 def rate(learning: Learning, step: int, steps: int) -> float:
-    """The schedule's share of the peak rate at a step."""
+    """The schedule's share of the peak rate after `step` updates, or iterations of PPO."""
     return multiplier(
         step,
         steps,
@@ -94,7 +94,7 @@ def _step(session: Session, lesson: Lesson, step: int) -> Stats:
     began = time.monotonic()
     batch = lesson.batch()
     stats = lesson.engine.accumulate(batch, lesson.loss)
-    stats += lesson.engine.update(rate(lesson.learning, step, lesson.steps))
+    stats += lesson.engine.update(rate(lesson.learning, lesson.engine.updates, lesson.steps))
     tokens, seconds = int(batch.rows.lengths_B.sum()), time.monotonic() - began
     session.log.row(lesson.stage, step, {**stats.means(), "tokens": tokens, "tokens_per_second": tokens / seconds})
     return stats

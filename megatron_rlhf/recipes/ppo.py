@@ -64,6 +64,15 @@ class Run:
         """Whether reference and policy compute alike, so that the first KL is exactly 0."""
         return self.policy.network.grid.layout == self.reference.network.grid.layout
 
+    def rates(self) -> tuple[float, float]:
+        """The schedules' shares of the policy's and the value model's peak rate in this iteration.
+
+        Iterations are counted in whole ones' worth of updates: what fp16 skips advances no schedule.
+        """
+        each = self.ppo.minibatches * self.ppo.epochs
+        policy, value = self.policy.updates // each, self.value.updates // each
+        return rate(self.ppo.policy, policy, self.ppo.iterations), rate(self.ppo.value, value, self.ppo.iterations)
+
     def pretraining(self, episodes: int) -> Rows:
         """The pretraining rows of a minibatch; none, and so no forward, where the coefficient is 0."""
         if self.ppo.pretraining_coef == 0:
@@ -87,7 +96,7 @@ def step(run: Run) -> Stats:
     experience = credit(annotated, ppo, kl_coef=run.kl.coef)
     stats = measures.episodes(experience) + run.judge(rollout)
 
-    policy_rate, value_rate = (rate(learning, run.iteration, ppo.iterations) for learning in (ppo.policy, ppo.value))
+    policy_rate, value_rate = run.rates()
     size = ppo.episodes // ppo.minibatches
     for minibatch in experience.minibatches(size, ppo.epochs, seed * 1_000_003 + run.iteration):
         with clock("value"):

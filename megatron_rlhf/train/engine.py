@@ -48,6 +48,7 @@ class Engine:
         self.seed = seed
         self.updates = 0
         self._passes = 0
+        self._followed = 0
         self.optimizer: Optimizer | None = None
         self.average: Average | None = None
         if learning is not None and adam is not None:
@@ -100,23 +101,34 @@ class Engine:
     def update(self, multiplier: float = 1.0) -> Stats:
         """Take one optimizer step at `multiplier` x the peak rate; `grad_norm` and `lr`. Collective: world.
 
-        Raises FloatingPointError, weights unchanged, when a gradient is not finite.
+        In fp16 also `overflow`, 1 where the step was skipped, and `loss_scale`; a skipped step is not counted: the
+        number of updates stays, on every rank. Raises FloatingPointError, weights unchanged, when a gradient is not
+        finite, in fp16 only where a smaller loss scale does not help.
         """
         assert self.learning is not None
-        norm, rate = 0.0, self.learning.rate * multiplier
+        rate, found = self.learning.rate * multiplier, torch.zeros(3, dtype=torch.float64, device=device())
         if self.optimizer is not None:
-            norm = self.optimizer.step(rate)
-        self.updates += 1
-        self._passes = 0
-        first = dist.get_rank() == self.network.grid.layout.first
-        found = torch.tensor([norm if first else 0.0], dtype=torch.float64, device=device())
+            taken = self.optimizer.step(rate)
+            if dist.get_rank() == self.network.grid.layout.first:
+                found += torch.tensor([taken.norm, taken.scale, taken.overflow], dtype=found.dtype, device=found.device)
         dist.all_reduce(found)
-        return Stats.of(grad_norm=(float(found), 1), lr=(rate, 1))
+        norm, scale, overflow = found.tolist()
+        self.updates += 0 if overflow else 1
+        self._passes = 0
+        stats = Stats.of(grad_norm=(norm, 1 - overflow), lr=(rate, 1))
+        if self.network.model.precision == "fp16":
+            stats += Stats.of(overflow=(overflow, 1), loss_scale=(scale, 1))
+        return stats
 
     def follow(self, rule: Callable[[list[Tensor], list[Tensor]], None], *, when: bool = True) -> None:
-        """Let the average follow the live weights by `rule(average, live)`, on the shards where they lie."""
-        if when and self.average is not None:
-            self.average.follow(rule)
+        """Let the average follow the live weights by `rule(average, live)`, on the shards where they lie.
+
+        Without an update since the last time, as where fp16 skipped it, there is nothing to follow.
+        """
+        if when and self.updates > self._followed:
+            self._followed = self.updates
+            if self.average is not None:
+                self.average.follow(rule)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -131,13 +143,14 @@ class Engine:
         """What a resumed engine needs, as it lies on this rank."""
         return {
             "updates": self.updates,
+            "followed": self._followed,
             "optimizer": self.optimizer.state() if self.optimizer else None,
             "average": [shard.clone() for shard in self.average.shards] if self.average else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave under the same layout. Collective: dp."""
-        self.updates = state["updates"]
+        self.updates, self._followed = state["updates"], state["followed"]
         if self.optimizer:
             self.optimizer.restore(state["optimizer"])
         if self.average:

@@ -1,4 +1,4 @@
-"""Gradient buffers, the distributed optimizer and the weight average of one network.
+"""Gradient buffers, the distributed optimizer with fp16's loss scale, and the weight average of one network.
 
 Every Megatron schedule would end in `finalize_model_grads`, which reduces the buffers in place: called twice it counts
 the first part again. Here it runs in `step` alone, once, however many accumulations came before.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,31 @@ from torch import Tensor
 
 from megatron_rlhf.config.schema import Adam
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.train import host
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What came of a step: the gradient norm before clipping and the loss scale its gradients carried; where they
+    overflowed fp16 the step was skipped and the norm is 0."""
+
+    norm: float
+    scale: float
+    overflow: bool = False
 
 
 class Optimizer:
-    """Adam over the replicas' shards: finalises gradients once, checks, clips, steps and zeroes."""
+    """Adam over the replicas' shards: finalises gradients once, unscales, checks, clips, steps and zeroes.
+
+    fp32 main weights and moments lie on the device, or with `adam.host` in host memory.
+    """
 
     def __init__(self, network: Network, adam: Adam, epsilon: float) -> None:
         """Wrap the network's stages in gradient buffers; the network's weights move into Megatron's flat buffers."""
         self.network = network
         self.clip = adam.clip
+        self.loss_scale = adam.loss_scale
+        self.stuck = 0
         config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         groups = network.grid.groups
         self.stages = [
@@ -42,15 +59,30 @@ class Optimizer:
             adam_beta2=adam.beta2,
             adam_eps=epsilon,
             clip_grad=adam.clip,
-            bf16=network.model.precision == "bf16",
+            bf16=network.config.bf16,
+            fp16=network.config.fp16,
+            initial_loss_scale=adam.loss_scale.initial,
+            min_loss_scale=adam.loss_scale.minimum,
+            loss_scale_window=adam.loss_scale.growth_interval,
+            hysteresis=adam.loss_scale.hysteresis,
             params_dtype=network.config.params_dtype,
             use_distributed_optimizer=True,
         )
+        if adam.host:
+            host.announce(settings)
         self.inner = get_megatron_optimizer(settings, self.stages, use_gloo_process_groups=False, pg_collection=groups)
         for optimizer in self.inner.chained_optimizers:
             for group in optimizer.param_groups:
                 # Biases and norms have a factor of 0, which only Megatron's own learning-rate scheduler would apply.
                 group["weight_decay"] = adam.weight_decay * group["wd_mult"]
+            if adam.host:
+                host.HostAdam.take_over(optimizer, (adam.beta1, adam.beta2), epsilon)
+            if network.config.fp16:
+                # Megatron has no settings for these two (mcore 0.16.1 optimizer/__init__.py:430).
+                optimizer.grad_scaler.growth_factor.fill_(adam.loss_scale.growth)
+                optimizer.grad_scaler.backoff_factor.fill_(adam.loss_scale.backoff)
+        if network.config.fp16:
+            network.config.grad_scale_func = self.inner.scale_loss
         self.zero()
 
     def zero(self) -> None:
@@ -66,13 +98,20 @@ class Optimizer:
         """
         finalize_model_grads(self.stages, None, pg_collection=self.network.grid.groups)
 
-    def step(self, rate: float) -> float:
-        """Finalise, check, clip, take one Adam step at `rate` and zero; the gradient norm before clipping.
+    def step(self, rate: float) -> Taken:
+        """Finalise, unscale, check, clip, take one Adam step at `rate` and zero.
 
-        Raises FloatingPointError before the weights change when the norm is not finite. Collective: dp, tp, pp.
+        A gradient that is not finite on any rank of the role skips the step on all of them in fp16, and the loss scale
+        shrinks; weights, moments and their counts keep every bit. Raises FloatingPointError before the weights change
+        in other precisions, and in fp16 after `patience` such steps in a row at the smallest scale.
+        Collective: dp, tp, pp.
         """
         self.finalise()
-        self.inner.prepare_grads()
+        scale = float(self.inner.get_loss_scale())
+        if self.inner.prepare_grads():
+            self._skip(scale)
+            return Taken(0.0, scale, overflow=True)
+        self.stuck = 0
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}; the weights were left as they were")
@@ -83,32 +122,54 @@ class Optimizer:
                 optimizer.clip_grad_norm(self.clip)
         self.inner.step_with_ready_grads()
         self.zero()
-        return norm
+        return Taken(norm, scale)
+
+    def _skip(self, scale: float) -> None:
+        self.stuck = self.stuck + 1 if scale <= self.loss_scale.minimum else 0
+        if self.stuck >= self.loss_scale.patience:
+            raise FloatingPointError(
+                f"the gradients overflowed fp16 {self.stuck} times in a row at the smallest loss scale, {scale:g}; "
+                "the weights were left as they were: lower the learning rate, or train in bf16"
+            )
+        self.zero()
+
+    def adams(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that hold main weights and moments, on the device or on the host."""
+        inners = [optimizer.optimizer for optimizer in self.inner.chained_optimizers]
+        return [inner.adam if _hosted(inner) else inner for inner in inners]
 
     def shards(self) -> list[Tensor]:
-        """This rank's fp32 main weights, in the optimizer's order."""
-        return [parameter for optimizer in self.inner.chained_optimizers for parameter in optimizer.get_parameters()]
+        """This rank's fp32 main weights, in the optimizer's order, where they lie."""
+        return [shard for adam in self.adams() for group in adam.param_groups for shard in group["params"]]
 
     def publish(self) -> None:
         """Write the main weights into the model and gather them over replicas. Collective: dp."""
         for optimizer in self.inner.chained_optimizers:
-            optimizer._copy_main_params_to_model_params()
+            if _hosted(optimizer.optimizer):
+                optimizer.optimizer.publish()
+            else:
+                optimizer._copy_main_params_to_model_params()
         for stage in self.stages:
             stage.start_param_sync(force_sync=True)
 
     def reload(self) -> None:
         """Take the model's weights as the main weights, after they were written from outside."""
         for optimizer in self.inner.chained_optimizers:
-            optimizer.reload_model_params()
+            if _hosted(optimizer.optimizer):
+                optimizer.optimizer.reload()
+            else:
+                optimizer.reload_model_params()
 
     def state(self) -> dict[str, Any]:
-        """This rank's main weights and Adam state as they lie."""
-        adam = [optimizer.optimizer for optimizer in self.inner.chained_optimizers]
+        """This rank's main weights, Adam state and loss scale as they lie; equal on the device and on the host."""
+        adams = self.adams()
         return {
             "main": [shard.detach().clone() for shard in self.shards()],
-            "adam": [[dict(inner.state.get(p, {})) for g in inner.param_groups for p in g["params"]] for inner in adam],
+            "adam": [[dict(adam.state.get(p, {})) for g in adam.param_groups for p in g["params"]] for adam in adams],
             # A fused Adam counts its steps in the parameter groups, torch's in each parameter's state.
-            "steps": [[group.get("step") for group in inner.param_groups] for inner in adam],
+            "steps": [[group.get("step") for group in adam.param_groups] for adam in adams],
+            "scale": [dict(scaler.state_dict()) for scaler in self._scalers()],
+            "stuck": self.stuck,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -116,18 +177,32 @@ class Optimizer:
         with torch.no_grad():
             for shard, saved in zip(self.shards(), state["main"], strict=True):
                 shard.copy_(saved)
-        for optimizer, saved_group in zip(self.inner.chained_optimizers, state["adam"], strict=True):
-            inner = optimizer.optimizer
-            parameters = [p for g in inner.param_groups for p in g["params"]]
-            for parameter, saved in zip(parameters, saved_group, strict=True):
+        for adam, saved_group in zip(self.adams(), state["adam"], strict=True):
+            shards = [shard for group in adam.param_groups for shard in group["params"]]
+            for shard, saved in zip(shards, saved_group, strict=True):
                 # A tensor of its own each: Megatron's loader would give all parameters one shared `step`
                 # (mcore 0.16.1 distrib_optimizer.py:820), and Adam would race ahead.
-                inner.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
-        for optimizer, steps in zip(self.inner.chained_optimizers, state["steps"], strict=True):
-            for group, step in zip(optimizer.optimizer.param_groups, steps, strict=True):
+                adam.state[shard] = {k: _beside(shard, v) if isinstance(v, Tensor) else v for k, v in saved.items()}
+        for adam, steps in zip(self.adams(), state["steps"], strict=True):
+            for group, step in zip(adam.param_groups, steps, strict=True):
                 if step is not None:
                     group["step"] = step
+        for scaler, scale in zip(self._scalers(), state["scale"], strict=True):
+            scaler.load_state_dict(scale)
+        self.stuck = state["stuck"]
         self.publish()
+
+    def _scalers(self) -> list[Any]:
+        return [optimizer.grad_scaler for optimizer in self.inner.chained_optimizers if optimizer.grad_scaler]
+
+
+def _hosted(inner: object) -> bool:
+    return isinstance(inner, host.HostAdam)
+
+
+def _beside(shard: Tensor, saved: Tensor) -> Tensor:
+    """A copy of a saved tensor, on the shard's device where it is a moment; torch's `step` stays on the CPU."""
+    return saved.to(shard.device, copy=True) if saved.shape == shard.shape else saved.clone()
 
 
 def accompany() -> None:

@@ -14,7 +14,7 @@ from megatron_rlhf.config.rules import BadInput, check
 
 # (words that break one rule, the sentence)
 BROKEN = [
-    (["model.precision=fp8"], "model.precision is 'fp8'; it must be one of fp32, bf16"),
+    (["model.precision=fp8"], "model.precision is 'fp8'; it must be one of fp32, bf16, fp16"),
     (["sft.learning.schedule=linear"], "sft.learning.schedule is 'linear'; it must be one of cosine, constant"),
     (["reward.denominator=none"], "one of surviving, all"),
     (["ppo.missing_end=drop"], "one of replace, subtract, keep"),
@@ -22,6 +22,9 @@ BROKEN = [
     (["ppo.average_unit=epoch"], "one of update, iteration"),
     (["compute.recompute=some"], "one of none, selective, full"),
     (["ppo.entropy_coef=0.01"], "ppo.entropy_coef is 0.01; it must be 0: an entropy bonus is not supported"),
+    (["adam.loss_scale.growth=1"], "adam.loss_scale.growth is 1.0; it must be above 1"),
+    (["adam.loss_scale.patience=0"], "adam.loss_scale.patience is 0; it must be at least 1"),
+    (["adam.loss_scale.initial=0.5"], "adam.loss_scale.minimum=1.0 is above adam.loss_scale.initial=0.5"),
     (["model.vocabulary=0"], "model.vocabulary is 0; it must be at least 1"),
     (["ppo.minibatches=0"], "ppo.minibatches is 0; it must be at least 1"),
     (["ppo.minibatches=7"], "ppo.episodes=64 is no multiple of ppo.minibatches=7; write for example ppo.episodes=70"),

@@ -220,7 +220,7 @@ def test_conversations_become_replies_and_text():
         rows = corpus.demonstrations + corpus.prompts
         replies = [(row["prompt"], row.get("response", row.get("reference")), row["user"]) for row in rows]
         assert replies == [("a\n", "b", "v"), ("a\nb\n", "c", "u"), ("a\nb\nc\n", "d", "v"), ("b\nc\nd\n", "e", "u")]
-        assert [row["text"] for row in corpus.text] == ["a\nb\nc\nd\ne", "a\nb"]
+        assert [row["text"] for row in corpus.text] == ["a\nb\nc\nd", "e", "a\nb"]
         assert corpus.counters == {"conversations": 2, "turns": 7, "poorly_rated_conversations": 1}
 
 

@@ -47,6 +47,9 @@ def test_a_first_ratio_that_is_not_one_stops_the_run() -> None:
     with pytest.raises(RuntimeError, match="old and new log-probs are not computed alike"):
         measures.first_ratio({}, bad, "fp32")
     measures.first_ratio({}, bad, "bf16")
+    measures.first_ratio({}, bad, "fp16")
+    with pytest.raises(RuntimeError, match="= nan"):
+        measures.first_ratio({}, Stats.of(ratio_error=(math.nan, 1)), "bf16")
 
 
 def test_episodes_count_responses_and_tokens() -> None:
