@@ -2,7 +2,8 @@
 
 B sequences, T positions (prompt, response, pad), R response positions, P prompts of rankings, K responses of one.
 Rows are `[prompt, response, pad]`; the response of row b is `tokens_BT[b, prompt_lengths_B[b]:lengths_B[b]]`, its end
-token included. In `_BR` tensors column r is response token r. Padding is token 0; an empty row has length 0.
+token included. In `_BR` tensors column r is response token r. Padding is token 0; an empty row has length 0. A line
+is a row of a network's input: one row from position 0 on, or several end to end (PackedRows).
 """
 
 from __future__ import annotations
@@ -69,6 +70,22 @@ class Rows(_Sliced):
     def response_mask_BR(self, width: int) -> Tensor:
         """1.0 where response token r of row b exists, float32 [B, width]."""
         return (torch.arange(width) < self.response_lengths_B[:, None]).float()
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The line of the network's input that each row lies in and the position it starts at: its own, from 0 on."""
+        return torch.arange(len(self)), torch.zeros(len(self), dtype=torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows(Rows):
+    """Rows that lie end to end in fewer, longer lines: row b in line `line_B`, from position `start_B` on."""
+
+    line_B: Tensor
+    start_B: Tensor
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The line each row lies in and the position it starts at."""
+        return self.line_B, self.start_B
 
 
 @dataclass(frozen=True, slots=True)

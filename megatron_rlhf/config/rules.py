@@ -48,7 +48,8 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
     (
         (
             *(f"{model}.{size}" for model in _MODELS for size in _SIZES),
-            *("compute.micro_batch", "compute.forward_micro_batch", "sampling.max_tokens", "sampling.batch"),
+            *("compute.micro_batch", "compute.forward_micro_batch", "compute.buckets"),
+            *("sampling.max_tokens", "sampling.batch"),
             *("data.max_prompt_tokens", "data.max_response_tokens", "data.min_response_tokens"),
             *("data.prompts_per_user", "data.shared_prefix_tokens"),
             *(f"{model}.rope.{number}" for model in _MODELS for number in ("factor", "original_context")),
@@ -104,7 +105,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            "evaluate.max_tokens",
+            *("evaluate.max_tokens", "compute.pack_tokens"),
             *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
             *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
         ),
@@ -199,6 +200,8 @@ def _lengths(config: Config) -> Iterator[str]:
             f"data.min_response_tokens={data.min_response_tokens} is above data.max_response_tokens="
             f"{data.max_response_tokens}; write for example data.min_response_tokens=1"
         )
+    if config.compute.pack_tokens and not config.compute.packing:
+        yield f"compute.pack_tokens={config.compute.pack_tokens} needs packed rows; write compute.packing=true"
     if config.pretrain.length > config.model.context:
         yield (
             f"pretrain.length={config.pretrain.length} is above model.context={config.model.context}; "
@@ -262,6 +265,7 @@ def _splits(words: str, layout: Layout, name: str, model: Model) -> Iterator[str
         ("hidden", model.hidden, "tp", layout.tp),
         ("ffn", model.ffn_width, "tp", layout.tp),
         ("layers", model.layers, "pp x vp", stages),
+        ("context", model.context, "tp, as sp splits rows", layout.tp if layout.sp else 1),
     ):
         if number % degree:
             yield (

@@ -99,6 +99,12 @@ class Compute:
     """none, selective (core attention) or full (whole layers)."""
     transformer_engine: str = "auto"
     """auto uses Transformer Engine's layers where it and a GPU are there, never leaves them out."""
+    buckets: int = 1
+    """Row lengths of one pass over a batch; each more saves padding and costs one filling of the pipeline."""
+    packing: bool = False
+    """Whether language-model rows lie end to end in one line, each attending to itself (SFT, pretraining, its mix)."""
+    pack_tokens: int = 0
+    """Tokens of a packed line, 0 for the longest row; `micro_batch` counts lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

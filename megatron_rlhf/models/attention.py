@@ -2,6 +2,7 @@
 
 s sequence, b batch, n query heads and g key-value heads of this shard, d width of a head. Rows start at position 0 and
 are padded on the right, so training and prefill need no mask but the causal one; a query never sees a pad before it.
+Rows packed end to end come with their segments, and attention is block-diagonal.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+def block_diagonal(segments_bs: Tensor) -> Tensor:
+    """True where a query (dim 2) may look: at its own segment, up to itself; [b, 1, s, s]."""
+    return (segments_bs[:, None, :, None] == segments_bs[:, None, None, :]).tril()
 
 
 @dataclass(slots=True)
@@ -60,7 +66,10 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> Tensor:
-        """Context [s, b, n·d] from q [s, b, n, d] and k, v [s, b, g, d], heads already rotated."""
+        """Context [s, b, n·d] from q [s, b, n, d] and k, v [s, b, g, d], heads already rotated.
+
+        `attention_mask`, where given, holds the segment of each position, int64 [b, s]: a query sees its own alone.
+        """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         if self.cache is not None and self.cache.decoding:
@@ -73,8 +82,16 @@ class CoreAttention(MegatronModule):
                 self.cache.keys[:, :, : key.shape[2]] = key
                 self.cache.values[:, :, : value.shape[2]] = value
             dropout = self.dropout if self.training else 0.0
+            blocks = None if attention_mask is None else block_diagonal(attention_mask)
             context = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=grouped
+                query,
+                key,
+                value,
+                attn_mask=blocks,
+                is_causal=blocks is None,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=grouped,
             )
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 

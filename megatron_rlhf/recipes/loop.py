@@ -28,7 +28,8 @@ class Resumable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One supervised stage: `batch()` gives the next step's batch, `streams` are what it draws from."""
+    """One supervised stage: `batch()` gives the next step's batch, `streams` are what it draws from; a language loss
+    is `packable`."""
 
     stage: str
     engine: Engine
@@ -37,6 +38,7 @@ class Lesson:
     batch: Callable[[], Batch]
     loss: Loss
     streams: Mapping[str, Resumable]
+    packable: bool = False
 
 
 def learn(session: Session, lesson: Lesson) -> Stats:
@@ -93,7 +95,7 @@ def take_up(session: Session, stage: str, engine: Engine, streams: Mapping[str, 
 def _step(session: Session, lesson: Lesson, step: int) -> Stats:
     began = time.monotonic()
     batch = lesson.batch()
-    stats = lesson.engine.accumulate(batch, lesson.loss)
+    stats = lesson.engine.accumulate(batch, lesson.loss, packable=lesson.packable)
     stats += lesson.engine.update(rate(lesson.learning, lesson.engine.updates, lesson.steps))
     tokens, seconds = int(batch.rows.lengths_B.sum()), time.monotonic() - began
     session.log.row(lesson.stage, step, {**stats.means(), "tokens": tokens, "tokens_per_second": tokens / seconds})

@@ -106,7 +106,7 @@ def step(run: Run) -> Stats:
             stats += run.policy.accumulate(minibatch, losses.policy(ppo.clip, ppo.normalisation))
         with clock("pretraining"):
             text, mixed = run.pretraining(len(minibatch)), losses.language_per(ppo.normalisation)
-            stats += run.policy.accumulate(text, mixed, ppo.pretraining_coef)
+            stats += run.policy.accumulate(text, mixed, ppo.pretraining_coef, packable=True)
         with clock("policy"):
             stats += measures.named(run.policy.update(policy_rate), "policy")
             run.policy.follow(partial(average.follow, decay=ppo.average_decay), when=ppo.average_unit == "update")

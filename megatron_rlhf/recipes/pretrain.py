@@ -42,6 +42,7 @@ def pretrain(run: Session) -> dict[str, float]:
         lambda: stream.take(settings.batch),
         losses.language,
         {"pretraining": stream},
+        packable=True,
     )
     learn(run, lesson)
     found = {"valid.loss.pretraining": language_loss(engine, held_out_text(run))}

@@ -46,7 +46,7 @@ def tune(run: Session, stage: str, settings: Sft) -> dict[str, float]:
 
     steps = settings.epochs * len(demonstrations) // (settings.batch - mixed)
     streams: dict[str, Resumable] = {"demonstrations": demonstrations, "pretraining": text}
-    learn(run, Lesson(stage, engine, settings.learning, steps, batch, losses.language, streams))
+    learn(run, Lesson(stage, engine, settings.learning, steps, batch, losses.language, streams, packable=True))
     valid = demonstrations_of(run, "valid", VALID_ROWS)
     found = {
         "valid.loss.demonstrations": language_loss(engine, valid.all_rows()),

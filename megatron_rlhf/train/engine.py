@@ -67,26 +67,36 @@ class Engine:
         trailing = (each, *read.trailing(rows.width)) if each > 1 else read.trailing(rows.width)
         found, index = torch.zeros(0, *trailing), torch.zeros(0, dtype=torch.int64)
         if self.network.grid.inside:
-            parts = cut(batch, self.network.grid, self.compute.forward_micro_batch)
+            compute = self.compute
+            calls = cut(batch, self.network.grid, compute.forward_micro_batch, buckets=compute.buckets)
             with torch.no_grad():
-                outputs = self._run(parts, lambda output, part: self._read(read, output, part).cpu(), forward_only=True)
+                outputs = self._run(calls, lambda output, part: self._read(read, output, part).cpu(), forward_only=True)
             if self.network.grid.speaks:
                 found = torch.cat(outputs).reshape(-1, *trailing)
-                index = torch.cat([part.index_e for part in parts])
+                index = torch.cat([part.index_e for parts in calls for part in parts])
         return assemble(found, index, len(batch), self.network.grid.speaks)
 
-    def accumulate(self, batch: Batch, loss: Loss, weight: float = 1.0) -> Stats:
+    def accumulate(self, batch: Batch, loss: Loss, weight: float = 1.0, *, packable: bool = False) -> Stats:
         """Add the gradient of `weight` x loss over the batch to the buffers; its statistics, on every rank.
 
         `loss(read, part, whole)` gets what the role reads of a micro-batch, the micro-batch and the whole batch, and
-        divides by counts of the whole. An empty batch runs nothing. Collective: world.
+        divides by counts of the whole. An empty batch runs nothing. Rows that are `packable` lie end to end where
+        `compute.packing` says so; what `loss` gets is the same. Collective: world.
         """
         if len(batch) == 0:
             return Stats()
         stats = Stats()
         if self.network.grid.inside:
             assert self.optimizer is not None, "a frozen role does not learn"
-            parts = cut(batch, self.network.grid, self.compute.micro_batch)
+            compute = self.compute
+            calls = cut(
+                batch,
+                self.network.grid,
+                compute.micro_batch,
+                buckets=compute.buckets,
+                packed=packable and compute.packing,
+                pack_tokens=compute.pack_tokens,
+            )
             self._passes += 1
             self.network.grid.seed(self.seed + 7919 * self._passes + 104729 * self.updates)
 
@@ -94,7 +104,7 @@ class Engine:
                 value, found = loss(self._read(self.read, output, part), part.batch, batch)
                 return value * weight, torch.zeros((), dtype=torch.int, device=output.device), _detached(found)
 
-            for kept in self._run(parts, finish, forward_only=False):
+            for kept in self._run(calls, finish, forward_only=False):
                 stats += kept
         return _reduced(stats, self.network)
 
@@ -158,13 +168,16 @@ class Engine:
                 shard.copy_(saved)
 
     def _read(self, read: Read, output: Tensor, part: Part) -> Tensor:
-        return read.of(self.network, output, part.batch.rows, part.width)
+        return read.of(self.network, output, part.rows, part.width)
 
-    def _run(self, parts: list[Part], finish: schedule.Finish, *, forward_only: bool) -> list[Any]:
+    def _run(self, calls: list[list[Part]], finish: schedule.Finish, *, forward_only: bool) -> list[Any]:
         stages: list[torch.nn.Module] = list(self.optimizer.stages if self.optimizer else self.network.chunks)
         for stage in stages:
             stage.train(not forward_only)
-        return schedule.run(self.network, stages, parts, finish, forward_only=forward_only)
+        found: list[Any] = []
+        for parts in calls:
+            found += schedule.run(self.network, stages, parts, finish, forward_only=forward_only)
+        return found
 
 
 def _detached(stats: Stats) -> Stats:

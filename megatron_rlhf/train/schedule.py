@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import device
-from megatron_rlhf.train.microbatch import Part, tokens
+from megatron_rlhf.train.microbatch import Part, positions, segments, tokens
 
 Finish = Callable[[Tensor, Part], Any]
 
@@ -36,7 +36,8 @@ def run(
 
     def step(queue: Iterator[Part], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         part = next(queue)
-        output = stage(*_inputs(part), attention_mask=None)
+        tokens_cS, positions_cS, segments_cS = _inputs(part)
+        output = stage(tokens_cS, positions_cS, attention_mask=segments_cS)
 
         def kept(stage_output: Tensor, non_loss_data: bool = False) -> Any:
             return finish(stage_output, part)
@@ -50,7 +51,7 @@ def run(
         model=stages,
         num_microbatches=len(parts),
         seq_length=parts[0].length,
-        micro_batch_size=len(parts[0].batch.rows),
+        micro_batch_size=parts[0].lines,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
         p2p_communicator=P2PCommunicator(grid.groups.pp, config) if pipelined else None,
@@ -58,6 +59,6 @@ def run(
     )
 
 
-def _inputs(part: Part) -> tuple[Tensor, Tensor]:
-    tokens_bS = tokens(part).to(device())
-    return tokens_bS, torch.arange(part.length, device=device()).expand_as(tokens_bS)
+def _inputs(part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    where, segments_cS = device(), segments(part)
+    return tokens(part).to(where), positions(part).to(where), None if segments_cS is None else segments_cS.to(where)

@@ -43,6 +43,13 @@ BROKEN = [
     (["rank.responses_min=1"], "a ranking needs at least 2, write rank.responses_min=2"),
     (["rank.responses_min=7"], "rank.responses_min=7 is above rank.responses_max=6"),
     (["pretrain.learning.warmup=1001"], "pretrain.learning.warmup=1001 is longer than the run's 1000"),
+    (["compute.buckets=0"], "compute.buckets is 0; it must be at least 1"),
+    (["compute.pack_tokens=-1", "compute.packing=true"], "compute.pack_tokens is -1; it must be at least 0"),
+    (["compute.pack_tokens=512"], "compute.pack_tokens=512 needs packed rows; write compute.packing=true"),
+    (
+        ["layout.policy=tp2 dp2 sp", "model.context=129"],
+        "splits model.context=129 in 2 (tp, as sp splits rows), which does not divide it",
+    ),
     (["sft.examples=10"], "sft.examples=10 is less than one step of sft.batch=32"),
     (["layout.policy=tp3"], "layout.policy: tp3 pp1 dp1 is 3 ranks, the world has 4"),
     (["layout.reward=tp2 qq2"], "layout.reward: layout word 'qq2' in 'tp2 qq2' is unknown"),

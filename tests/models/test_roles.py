@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from megatron_rlhf.batch import Rows
+from megatron_rlhf.batch import PackedRows, Rows
 from megatron_rlhf.models import roles
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import gather
 from megatron_rlhf.recipes import losses
+from megatron_rlhf.train import schedule
+from megatron_rlhf.train.microbatch import Part, tokens
 from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
 
@@ -73,6 +75,33 @@ def test_padding_and_company_change_nothing(words: str, kind: str) -> None:
         )
         found = role.forward(with_long)[0]
         torch.testing.assert_close(found if kind == "scores" else found[:width], expected, rtol=0, atol=1e-5)
+
+
+@on_grid(4)
+@pytest.mark.parametrize("kind", READS)
+@pytest.mark.parametrize("words", ["tp2 dp2 sp", "tp2 pp2"])
+def test_a_left_padded_batch_reads_like_single_sequences(words: str, kind: str) -> None:
+    """Rows that end together, as other programs lay them, in their own segment and counted from their own start: log-
+    probs, values and scores within 1e-5 of each sequence alone."""
+    role = tiny.engine(words, READS[kind], scalar=kind != "log-probs")
+    rows = tiny.rows(8)
+    grid, length = role.network.grid, int(rows.lengths_B.max()) // 4 * 4 + 4
+    left = PackedRows(rows.tokens_BT, rows.prompt_lengths_B, rows.lengths_B, torch.arange(8), length - rows.lengths_B)
+    part = Part(rows, torch.arange(8), left, 8, length, rows.width)
+    assert tokens(part)[:, 0].count_nonzero() == 0
+    assert tokens(part)[:, -1].count_nonzero() == 8
+
+    def read(output: torch.Tensor, given: Part) -> torch.Tensor:
+        return READS[kind].of(role.network, output, given.rows, given.width)
+
+    stages = [chunk.eval() for chunk in role.network.chunks]
+    with torch.no_grad():
+        outputs = schedule.run(role.network, stages, [part], read, forward_only=True)
+    for b in range(len(rows)):
+        alone = role.forward(rows.select(torch.tensor([b])))[0]
+        if grid.last_stage:
+            found = outputs[0][b] if kind == "scores" else outputs[0][b, : len(alone)]
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
 @on_grid(4)
