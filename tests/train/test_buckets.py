@@ -28,7 +28,7 @@ from tests.helpers.grid import on_grid
 
 CANCELLED = ("head.bias", "decoder.final_layernorm.bias")
 """What moves all scores alike has no gradient in a loss of pairs; what is left of it is rounding noise."""
-LIMIT = {"rows": 1e-6, "experience": 1e-6, "rankings": 2e-6}
+LIMIT = {"rows": 1e-6, "experience": 2e-6, "rankings": 2e-6}
 """Relative; differences of scores cancel more digits."""
 FALLING = st.lists(st.integers(0, 9), min_size=1, max_size=9).map(lambda lengths: sorted(lengths, reverse=True))
 
