@@ -104,7 +104,7 @@ def _foreign(name: str, here: str, modules: set[str]) -> Iterator[str]:
         yield f"{name}: the schedule is imported in train/schedule.py only"
     if has(modules, "torch.distributed") and here not in {"parallel", "reshard", "train", "checkpoint"}:
         yield f"{name}: torch.distributed is imported in parallel, reshard, train and checkpoint only"
-    if has(modules, "torch") and here in {"config", "plan", "cli", "launch", "doctor"}:
+    if has(modules, "torch") and (here in {"config", "plan", "cli", "launch", "doctor"} or name == "reshard/layout.py"):
         yield f"{name}: {here} runs without torch"
     if has(modules, "hydra", "omegaconf") and name != "config/load.py":
         yield f"{name}: Hydra is known in config/load.py only"
@@ -174,6 +174,7 @@ def test_the_table_itself_has_no_circle() -> None:
         ("parallel/cpu.py", "import megatron.core.parallel_state", "parallel/grid.py only"),
         ("models/x.py", "from megatron.core.pipeline_parallel import get_forward_backward_func", "train/schedule.py"),
         ("config/x.py", "import torch", "without torch"),
+        ("reshard/layout.py", "import torch", "without torch"),
         ("recipes/x.py", "from omegaconf import OmegaConf", "config/load.py only"),
         ("utils/x.py", "", "no room 'utils'"),
         ("models/x.py", "def f():\n    import json", "inside the function f"),
@@ -195,7 +196,9 @@ def test_every_folder_is_a_package() -> None:
     assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
-@pytest.mark.parametrize("module", ["cli", "launch", "doctor", "config.load", "config.rules", "config.env"])
+@pytest.mark.parametrize(
+    "module", ["cli", "launch", "doctor", "config.load", "config.rules", "config.env", "reshard.layout"]
+)
 def test_runs_without_importing_torch(module: str) -> None:
     code = f"import megatron_rlhf.{module}, sys; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

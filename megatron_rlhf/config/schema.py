@@ -26,6 +26,10 @@ class Model:
     """Width of the feed-forward block; 0 means 4 x hidden."""
     tied: bool = True
     """Whether the output layer is the input embedding (GPT-3)."""
+    style: str = "gpt"
+    """gpt (learned positions, LayerNorm, GELU, biases) or llama (RoPE, RMSNorm, SwiGLU, no biases)."""
+    kv_heads: int = 0
+    """Heads that keys and values have (grouped-query attention); 0 means `heads`."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     precision: str = "fp32"

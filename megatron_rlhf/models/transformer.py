@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -76,9 +77,23 @@ def build(
     return Network(model, grid, rows, scalar, chunks, parameters, names.directory(parameters, grid))
 
 
-def _stage(model: Model, grid: Grid, rows: int, scalar: bool, dropout: float, recompute: str) -> GPTModel:
+def outline(model: Model, grid: Grid, *, rows: int, scalar: bool = False) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by global name on the meta device: `build`'s stages without memory, weights or talk."""
+    if grid.groups is None:
+        return {}
+    # without the group of first and last stage Megatron does not fill a tied output layer from the embedding
+    groups = copy(grid.groups)
+    groups.embd = None
+    with torch.device("meta"):
+        return names.local([_stage(model, replace(grid, groups=groups), rows, scalar, 0.0, "none", meta=True)])
+
+
+def _stage(
+    model: Model, grid: Grid, rows: int, scalar: bool, dropout: float, recompute: str, *, meta: bool = False
+) -> GPTModel:
     assert grid.groups is not None
     config = _config(model, grid, dropout, recompute)
+    config.use_cpu_initialization = meta  # which names no device, so torch's default holds
     kind = ScalarModel if scalar else GPTModel
     extra = {} if scalar else {"share_embeddings_and_output_weights": model.tied}
     stage = kind(
@@ -92,7 +107,9 @@ def _stage(model: Model, grid: Grid, rows: int, scalar: bool, dropout: float, re
         pg_collection=grid.groups,
         **extra,
     )
-    return stage.to(device())
+    # Megatron builds the position embedding in fp32 whatever `params_dtype` says.
+    stage = stage.to(config.params_dtype)
+    return stage if meta else stage.to(device())
 
 
 def _spec(config: TransformerConfig, grid: Grid) -> TransformerBlockSubmodules:
