@@ -75,7 +75,7 @@ def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = ()) -> dict
             if file not in files:
                 files[file] = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
             shards.append(files[file][name])
-        full = Split(entry["dim"], entry["blocks"]).join(shards)
+        full = Split(entry["dim"], entry.get("blocks", 1)).join(shards)
         full = _with_rows(full, network.rows) if name in _VOCABULARY else full
         part = network.directory[name].split.part(full, network.grid.layout.tp, network.grid.tp_rank)
         if part.shape != parameter.shape:
