@@ -94,7 +94,8 @@ def _dispatch(words: Sequence[str]) -> int:
 def _recipe(name: str, settings: Sequence[str]) -> int:
     config = load(name, settings)
     world = env.world_size() if env.launched() else needed(config.layout)
-    check(config, world)
+    check(config, world, name)
+    importlib.import_module("megatron_rlhf.recipes.inputs").check(name, config)
     if world > 1 and not env.launched() and name not in _ALONE:
         return launch.run(world, [name, *settings])
     if name in _ALONE and env.launched() and env.rank() > 0:

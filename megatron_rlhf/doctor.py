@@ -99,6 +99,7 @@ PARTS = [
     Part("megatron-core", _package("megatron-core", "megatron"), "everything", ">=0.16.1,<0.17"),
     Part("hydra", _package("hydra-core", "hydra"), "everything: configurations are not composed", ">=1.3,<1.4"),
     Part("sentencepiece", _package("sentencepiece", "sentencepiece"), "training and reading tokenizers", ">=0.2"),
+    Part("tokenizers", _package("tokenizers", "tokenizers"), "reading tokenizer.json and GPT-2's files", ">=0.21,<1"),
     Part("einops", _package("einops", "einops"), "megatron-core's import"),
     Part("rich", _package("rich", "rich"), "progress on a terminal"),
     Part("tensorboard", _package("tensorboard", "tensorboard"), "TensorBoard logs"),

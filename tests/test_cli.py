@@ -40,7 +40,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
 
 def recipe(monkeypatch: pytest.MonkeyPatch, run: Callable[[Config], None]) -> None:
     """Every recipe is `run`."""
-    loader = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run=run))
+    loader = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run=run, check=lambda *_: None))
     monkeypatch.setattr(cli, "importlib", loader)
 
 
@@ -157,7 +157,7 @@ def run(config):
     if rank == "3":
         raise rules.BadInput("this rank's disk is full")
     time.sleep(60)
-cli.importlib = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run=run))
+cli.importlib = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run=run, check=lambda *_: None))
 sys.exit(cli.main(sys.argv[1:]))
 """
 

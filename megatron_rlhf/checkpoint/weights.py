@@ -6,7 +6,6 @@ tensors; a reader maps the files and takes the slices it needs. The folder appea
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,11 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rlhf.checkpoint.manifest import FILE, HEAD, check, manifest
 from megatron_rlhf.config.rules import BadInput
+from megatron_rlhf.models.names import EMBEDDING
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.log import write_json
 
-MANIFEST = "manifest.json"
+_VOCABULARY = (EMBEDDING, "output_layer.weight")
+"""Tensors of a row a token, padded as the layouts of a run ask."""
 
 
 def save(network: Network, folder: Path, extra: dict[str, Any] | None = None) -> None:
@@ -39,28 +41,22 @@ def save(network: Network, folder: Path, extra: dict[str, Any] | None = None) ->
             name: {"dim": entry.dim, "files": [_file(rank) for rank in entry.owners], "shard": list(entry.shard_shape)}
             for name, entry in network.directory.items()
         }
-        write_json(beside / MANIFEST, {"tensors": tensors, "layout": str(grid.layout), **(extra or {})})
+        facts = {"tensors": tensors, "layout": str(grid.layout), "vocabulary": network.model.vocabulary}
+        write_json(beside / FILE, {**facts, **(extra or {})})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     dist.barrier()
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    """What `save` said of a folder; raises BadInput where there is none."""
-    path = folder / MANIFEST
-    if not path.exists():
-        raise BadInput(f"no weights at {folder}: run the step that writes them first, or name another folder")
-    return json.loads(path.read_text())
 
 
 @torch.no_grad()
 def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = ()) -> dict[str, Any]:
     """Fill the network from `folder`, whatever layout wrote it; the manifest.
 
-    Tensors named in `fresh` keep their initial weights. Raises BadInput naming the tensors that the folder lacks or
-    holds in another shape.
+    Tensors named in `fresh` keep their initial weights. Raises BadInput for another vocabulary, no head where the
+    network has one, and tensors that the folder lacks or holds in another shape.
     """
     found = manifest(folder)
+    check(found, folder, vocabulary=network.model.vocabulary, head=network.scalar and HEAD not in fresh)
     missing = [name for name in network.directory if name not in found["tensors"] and name not in fresh]
     if missing:
         raise BadInput(f"{folder} has no tensor {', '.join(missing)}: it was written by another kind of model")
@@ -75,12 +71,18 @@ def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = ()) -> dict
                 files[file] = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
             shards.append(files[file][name])
         full = shards[0] if entry["dim"] is None else torch.cat(shards, entry["dim"])
+        full = _with_rows(full, network.rows) if name in _VOCABULARY else full
         mine = network.directory[name]
         part = full if mine.dim is None else full.chunk(network.grid.layout.tp, mine.dim)[network.grid.tp_rank]
         if part.shape != parameter.shape:
             raise BadInput(f"{name} in {folder} is {tuple(part.shape)}, the model wants {tuple(parameter.shape)}")
         parameter.copy_(part)
     return found
+
+
+def _with_rows(full: torch.Tensor, rows: int) -> torch.Tensor:
+    """The tensor with `rows` rows: those behind the vocabulary are padding, which another run may have had more of."""
+    return full if rows == len(full) else torch.nn.functional.pad(full, (0, 0, 0, rows - len(full)))
 
 
 def _file(rank: int) -> str:

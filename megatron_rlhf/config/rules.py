@@ -25,6 +25,9 @@ _ROLES = {
     "pretrain": "model",
 }
 
+# verbs that draw responses to learn from or to measure
+_FULL_SOFTMAX = ("quickstart", "rank", "ppo", "evaluate")
+
 # (settings, the words they may be)
 _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16")),
@@ -75,6 +78,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         "0.1",
     ),
     (("data.valid_share",), "above 0 and below 1", lambda x: 0 < x < 1, "0.1"),
+    (("sampling.top_p",), "above 0 and at most 1", lambda x: 0 < x <= 1, "1"),
     (
         (
             *(f"{learning}.{number}" for learning in _LEARNINGS for number in ("rate", "epsilon")),
@@ -97,7 +101,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.ffn" for model in _MODELS),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            "evaluate.max_tokens",
+            *("evaluate.max_tokens", "sampling.top_k"),
             *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
             *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
         ),
@@ -109,11 +113,15 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
 ]
 
 
-def check(config: Config, world: int) -> None:
-    """Raises BadInput with every rule that `config` breaks in a world of `world` ranks, one sentence a line."""
+def check(config: Config, world: int, verb: str = "") -> None:
+    """Raises BadInput with every rule that `config` breaks in a world of `world` ranks, one sentence a line.
+
+    With `verb`, the rules of that recipe too.
+    """
     failures = [*_words(config), *_bounds(config)]
     # the rules across fields divide by numbers that must first be in their bounds
-    failures = failures or [*_shapes(config), *_lengths(config), *_counts(config), *_layouts(config, world)]
+    across = (_shapes(config), _lengths(config), _counts(config), _layouts(config, world), _draws(config, verb))
+    failures = failures or [sentence for sentences in across for sentence in sentences]
     if failures:
         head = "" if len(failures) == 1 else f"{len(failures)} settings do not fit:\n  "
         raise BadInput(head + "\n  ".join(failures))
@@ -137,6 +145,16 @@ def _bounds(config: Config) -> Iterator[str]:
             assert isinstance(number, (int, float))
             if not holds(number):
                 yield f"{key} is {number}; it must be {bound}, for example {key}={example}"
+
+
+def _draws(config: Config, verb: str) -> Iterator[str]:
+    if verb in _FULL_SOFTMAX:
+        for key, off in (("sampling.top_k", "0"), ("sampling.top_p", "1")):
+            if (number := _read(config, key)) != int(off):
+                yield (
+                    f"{key}={number} is for the verb sample alone, {verb} draws from the full softmax, which log-probs "
+                    f"are of; write {key}={off}"
+                )
 
 
 def _shapes(config: Config) -> Iterator[str]:
@@ -216,7 +234,8 @@ def _layouts(config: Config, world: int) -> Iterator[str]:
         try:
             layout = Layout.parse(words, world)
         except LayoutError as error:
-            yield f"layout.{role}: {error}"
+            remedy = "" if "write" in str(error) else f"; write for example layout.{role}=tp1"
+            yield f"layout.{role}: {error}{remedy}"
             continue
         if layout.vp > 1:
             yield f"layout.{role}='{words}' asks for virtual stages, which are not supported; leave vp{layout.vp} out"

@@ -99,9 +99,11 @@ class Data:
     """What `prepare` reads and writes."""
 
     directory: str = ""
-    """Folder of tokenizer.model, *.jsonl and the indexed pretraining text; empty means <out>/data."""
+    """Folder of the tokenizer, *.jsonl and the indexed pretraining text; empty means <out>/data."""
     source: str = "chitchat"
     """chitchat (the quickstart's corpus), or a folder with the user's own JSONL."""
+    end_token: str = ""
+    """The token that closes a response, for example <|im_end|>; empty means what the tokenizer's files say."""
     max_prompt_tokens: int = 1024
     """Longer prompts are filtered out (appendix C)."""
     max_response_tokens: int = 1024
@@ -196,6 +198,10 @@ class Sampling:
     """Longest response, the end token included."""
     batch: int = 256
     """Sequences a replica decodes together."""
+    top_k: int = 0
+    """Verb sample only: draw from the k likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Verb sample only: draw from the smallest set of tokens with this probability; 1 means all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

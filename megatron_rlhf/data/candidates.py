@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from statistics import median_high, median_low
 from typing import Any
 
 from megatron_rlhf.config.schema import Data
@@ -42,7 +43,7 @@ def candidates(rows: Sequence[Row], reply: str, tokenizer: Tokenizer) -> list[Ca
     texts = [str(row.get(reply, "")) for row in rows]
     encoded = tokenizer.encode_all([row["prompt"] for row in rows] + texts)
     return [
-        Candidate(row, prompt, text, len(answer) + 1 if reply in row else 0)
+        Candidate(row, [*tokenizer.opening, *prompt], text, len(answer) + 1 if reply in row else 0)
         for row, prompt, text, answer in zip(rows, encoded[: len(rows)], texts, encoded[len(rows) :], strict=True)
     ]
 
@@ -82,6 +83,19 @@ def filtered(found: list[Candidate], limits: Data, judge: Judge | None, count: d
         harmless = [probability < TOXIC for probability in judge([one.reply for one in found])]
         keep("toxic", ([place for place, fine in enumerate(harmless) if fine], harmless.count(False)))
     return found
+
+
+def emptied(name: str, whole: Sequence[Candidate], limits: Data, count: dict[str, int]) -> str:
+    """The sentence for rows of which `filtered` left none: what dropped most of them, and a limit that keeps half."""
+    replies = [one.reply_tokens or limits.min_response_tokens for one in whole]
+    remedies = {
+        "prompt_too_long": f"write for example data.max_prompt_tokens={median_high(len(one.prompt) for one in whole)}",
+        "response_too_long": f"write for example data.max_response_tokens={median_high(replies)}",
+        "response_too_short": f"write for example data.min_response_tokens={median_low(replies)}",
+        "toxic": "give other replies",
+    }
+    most = max(remedies, key=lambda reason: count.get(reason, 0))
+    return f"none of its {len(whole)} {name} is left ({most.replace('_', ' ')}: {count[most]}); {remedies[most]}"
 
 
 def statistics_of(found: Sequence[Candidate]) -> dict[str, Any]:

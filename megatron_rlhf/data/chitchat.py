@@ -31,12 +31,13 @@ def conversations() -> list[Conversation]:
 
     BadInput with the command that helps if the package is missing.
     """
-    read = json.loads(_file().read_text(encoding="utf-8"))
+    read = json.loads(file().read_text(encoding="utf-8"))
     found = (_conversation(name, entry) for name, entry in read.items())
     return [conversation for conversation in found if conversation.turns]
 
 
-def _file() -> Path:
+def file() -> Path:
+    """The corpus's file in its package; BadInput with the command that helps if the package is missing."""
     spec = find_spec("chitchat_dataset")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [Path(folder) / "dataset.json" for folder in folders]

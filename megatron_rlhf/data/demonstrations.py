@@ -42,7 +42,8 @@ class DemonstrationStream(Resumable):
         """
         prompts, responses, tokens, dropped = [], [], [], 0
         for row in jsonl.read(path, ["prompt", "response"]):
-            prompt, response = tokenizer.encode(row["prompt"]), [*tokenizer.encode(row["response"]), tokenizer.end]
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            response = [*tokenizer.encode(row["response"]), tokenizer.end]
             if len(prompt) > max_prompt or len(response) > max_response:
                 dropped += 1
                 continue

@@ -20,9 +20,9 @@ def read(
 ) -> list[dict[str, Any]]:
     """The objects of `path` in order; blank lines are skipped.
 
-    BadInput names file and line where the file is missing, a line is no JSON object, or a field of `required` is
-    missing, of another type than text (or list, see LISTS), or empty. `check(row, "<file> line <number>")` may raise
-    what else is wrong with a row.
+    BadInput names file and line where the file is missing or without a row, a line is no JSON object, or a field of
+    `required` is missing, of another type than text (or list, see LISTS), or empty. `check(row, "<file> line
+    <number>")` may raise what else is wrong with a row.
     """
     if not path.is_file():
         raise BadInput(f"{path} is missing; write one JSON object a line with {', '.join(required)}")
@@ -33,6 +33,8 @@ def read(
             if check:
                 check(row, f"{path} line {number}")
             rows.append(row)
+    if not rows:
+        raise BadInput(f"{path} has no row; write one JSON object a line with {', '.join(required)}")
     return rows
 
 
@@ -48,6 +50,10 @@ def _row(line: bytes, where: str, required: Sequence[str]) -> dict[str, Any]:
         raise BadInput(f"{where} is not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadInput(f"{where} is no JSON at column {error.colno} ({error.msg}); write one object a line") from error
+    if b"\\ud" in line.lower() and any(
+        0xD800 <= ord(letter) < 0xE000 for letter in json.dumps(row, ensure_ascii=False)
+    ):
+        raise BadInput(f"{where} has half a character (a lone \\ud800 to \\udfff); write both halves or neither")
     if not isinstance(row, dict):
         raise BadInput(f'{where} is no JSON object; write {{"{required[0]}": ...}}')
     for name in required:

@@ -1,6 +1,7 @@
 """Pretraining text as a Megatron indexed dataset, read back as rows without padding.
 
-The file holds one document a text, its tokens and the end token; rows cut the documents' concatenation.
+The file holds one document a text, its tokens (behind the tokenizer's opening) and the end token; rows cut the
+documents' concatenation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def write(texts: Iterable[str], tokenizer: Tokenizer, prefix: Path) -> int:
     tokens = 0
     try:
         for text in texts:
-            ids = [*tokenizer.encode(text), tokenizer.end]
+            ids = [*tokenizer.encode_prompt(text), tokenizer.end]
             builder.add_document(torch.tensor(ids), [len(ids)])
             tokens += len(ids)
         builder.finalize(f"{temporary}.idx")

@@ -43,7 +43,7 @@ class PromptStream(Resumable):
     def load(cls, path: Path, tokenizer: Tokenizer, *, max_tokens: int, seed: int) -> PromptStream:
         """The prompts `{prompt, ...}` of the JSONL file `path` with at most `max_tokens` tokens."""
         fields = jsonl.read(path, ["prompt"])
-        return cls(path, fields, [tokenizer.encode(row["prompt"]) for row in fields], max_tokens, seed)
+        return cls(path, fields, [tokenizer.encode_prompt(row["prompt"]) for row in fields], max_tokens, seed)
 
     def take(self, number: int) -> Prompts:
         """The next `number` prompts of the order. Modifies: the place in it."""

@@ -12,7 +12,7 @@ import torch
 
 from megatron_rlhf.batch import Rankings
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.data import jsonl
+from megatron_rlhf.data import comparison, jsonl
 from megatron_rlhf.data.cursor import Resumable
 from megatron_rlhf.data.rows import pad_rows
 from megatron_rlhf.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class RankingStream(Resumable):
         dropped; BadInput if nothing is left, or a ranking has one response or ranks that do not fit.
         """
         fields, tokens, dropped = [], [], 0
-        for row in jsonl.read(path, ["prompt", "responses", "ranks"], _check):
+        for row in jsonl.read(path, comparison.FIELDS, comparison.check):
             encoded = _encoded(row, tokenizer)
             if len(encoded[0]) + max(map(len, encoded[1])) > max_tokens:
                 dropped += 1
@@ -87,21 +87,4 @@ def _encoded(row: dict[str, Any], tokenizer: Tokenizer) -> Tokens:
     ended = row.get("ended", [True] * len(row["responses"]))
     closed = [[tokenizer.end] if end else [] for end in ended]
     answers = [[*tokenizer.encode(text), *end] for text, end in zip(row["responses"], closed, strict=True)]
-    return tokenizer.encode(row["prompt"]), answers
-
-
-def _check(row: dict[str, Any], where: str) -> None:
-    responses, ranks = row["responses"], row["ranks"]
-    ended = row.get("ended", [True] * len(responses))
-    if len(responses) < 2:
-        raise BadInput(f"{where} has {len(responses)} response; a comparison needs at least 2")
-    if not all(isinstance(text, str) for text in responses):
-        raise BadInput(f"{where}: a response is not text")
-    if len(ranks) != len(responses):
-        raise BadInput(f"{where} has {len(responses)} responses and {len(ranks)} ranks; give one rank a response")
-    if not all(type(rank) is int and rank >= 1 for rank in ranks):
-        raise BadInput(f"{where} has ranks {ranks}; write whole numbers from 1, the best (equal: a tie)")
-    if not isinstance(ended, list) or len(ended) != len(responses) or not all(type(end) is bool for end in ended):
-        raise BadInput(f'{where}: "ended" is {ended}; write true or false for each of the {len(responses)} responses')
-    if any(not text and not end for text, end in zip(responses, ended, strict=True)):
-        raise BadInput(f"{where} has a response without any token; drop it or let it be ended")
+    return tokenizer.encode_prompt(row["prompt"]), answers

@@ -17,6 +17,7 @@ from megatron_rlhf.data.clean import chance
 
 Row = dict[str, Any]
 
+CHITCHAT = "chitchat"
 TURNS = 3
 GOOD_RATING = 4.5
 """Ratings mix scales to 5 and to 10, and 5 is where the slider starts: below 4.5 a talk is poor on either."""
@@ -40,13 +41,18 @@ class Corpus:
     """Prompts are turns, a line each: too long a prompt loses its oldest; toxic replies are dropped."""
 
 
+def check(source: str) -> None:
+    """BadInput unless `data.source` is chitchat, and its package is there, or a folder."""
+    if source == CHITCHAT:
+        chitchat.file()
+    elif not Path(source).is_dir():
+        raise BadInput(f"data.source={source} is no folder; write chitchat, or a folder with demonstrations.jsonl")
+
+
 def load(source: str, seed: int) -> Corpus:
     """The corpus named by `data.source`: chitchat, or a folder; BadInput if it is neither."""
-    if source == "chitchat":
-        return conversations(chitchat.conversations(), seed)
-    if not Path(source).is_dir():
-        raise BadInput(f"data.source={source} is no folder; write chitchat, or a folder with demonstrations.jsonl")
-    return folder(Path(source))
+    check(source)
+    return conversations(chitchat.conversations(), seed) if source == CHITCHAT else folder(Path(source))
 
 
 def conversations(talks: list[chitchat.Conversation], seed: int) -> Corpus:

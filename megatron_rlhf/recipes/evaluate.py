@@ -8,7 +8,6 @@ from megatron_rlhf.batch import Rollout
 from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data.prompts import PromptStream
-from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.eval import diversity, gold
 from megatron_rlhf.eval.win_rate import win_rate
 from megatron_rlhf.generate.sampling import Draw
@@ -36,7 +35,7 @@ def evaluate(run: Session) -> dict[str, Any]:
     """Win rates, gold components, diversity, losses of baseline and policy; empty but on rank 0. Collective: world."""
     settings, config = run.config.evaluate, run.config
     preference = gold_preference(run)
-    tokenizer = Tokenizer.load(run.data / "tokenizer.model")
+    tokenizer = run.tokenizer()
     stream = PromptStream.load(
         run.data / "prompts.test.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=config.seed
     )

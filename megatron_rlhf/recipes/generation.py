@@ -6,7 +6,6 @@ from pathlib import Path
 
 from megatron_rlhf.batch import Prompts, Rollout
 from megatron_rlhf.checkpoint import weights
-from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.generate.engine import Generator
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.recipes.session import Session
@@ -19,6 +18,6 @@ def answers(run: Session, folder: Path, prompts: Prompts, draw_as: Draw, max_tok
     """
     network = run.network(run.config.model, run.config.layout.generate)
     weights.load(network, folder)
-    tokenizer = Tokenizer.load(run.data / "tokenizer.model")
+    tokenizer = run.tokenizer()
     generator = Generator(network, end=tokenizer.end, rows=run.config.sampling.batch)
     return generator.sample(prompts, draw_as, max_tokens or run.config.sampling.max_tokens)

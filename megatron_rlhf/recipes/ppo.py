@@ -146,7 +146,7 @@ def prepared(run: Session) -> Run:
     """The roles with their starting weights: the value model is the reward model, head and all. Collective: world."""
     config, layout = run.config, run.config.layout
     read, seed = roles.logprobs(config.sampling.temperature), config.seed
-    tokenizer = Tokenizer.load(run.data / "tokenizer.model")
+    tokenizer = run.tokenizer()
 
     dropout = config.ppo.dropout
     policy = _loaded(run, run.network(config.model, layout.policy, dropout=dropout), START)

@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config
-from megatron_rlhf.data import clean, jsonl, pretraining, sources, tokenizer
-from megatron_rlhf.data.candidates import Candidate, Judge, candidates, filtered, recent, statistics_of
+from megatron_rlhf.data import clean, jsonl, pretraining, sentence_pieces, sources, tokenizer
+from megatron_rlhf.data.candidates import Candidate, Judge, candidates, emptied, filtered, recent, statistics_of
 from megatron_rlhf.data.sources import Corpus, Row
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.observe.log import write_bytes, write_json
+from megatron_rlhf.recipes import places
 
 RANKED = 0.4
 """Share of the prompts that is ranked, in training and held out; PPO and the test take the others."""
@@ -30,16 +32,26 @@ Counts = dict[str, dict[str, int]]
 
 def run(config: Config) -> dict[str, Any]:
     """Prepares into `data.directory`, else <out>/data. Only one process of a job may call this."""
-    return prepare(config, Path(config.data.directory or Path(config.out) / "data"))
+    return prepare(config, places.data(config))
 
 
 def prepare(config: Config, directory: Path) -> dict[str, Any]:
     """Writes tokenizer, JSONL and indexed text into `directory` and returns what prepare.json says: counts of all that
-    was read and dropped, sizes, users and token lengths. BadInput if a part stays empty."""
+    was read and dropped, sizes, users and token lengths. BadInput, with nothing written, if a part stays empty."""
     corpus = sources.load(config.data.source, config.seed)
     held = held_out(corpus, config.data.valid_share, config.seed)
     told = _sides(corpus.text, held)
-    tokens = _tokenizer(config, [row["text"] for row in told["train"]], directory / "tokenizer.model")
+    _demand({f"pretraining.{side}": len(told[side]) for side in ("train", "valid")}, config)
+    with TemporaryDirectory() as made:
+        return _write(config, corpus, held, told, _tokenizer(config, corpus, told["train"], Path(made)), directory)
+
+
+def _write(
+    config: Config, corpus: Corpus, held: frozenset[str], told: dict[str, list[Row]], source: Path, directory: Path
+) -> dict[str, Any]:
+    """What `prepare` returns, written with the tokenizer of the folder `source`."""
+    tokens = Tokenizer.load(source, config.data.end_token)
+    tokens.check_vocabulary(config.model.vocabulary)
     judge = _judge() if corpus.conversational else None
 
     counts: Counts = {
@@ -48,13 +60,14 @@ def prepare(config: Config, directory: Path) -> dict[str, Any]:
         "toxicity": {"checked": int(judge is not None)},
     }
     files = _files(corpus, held, tokens, config, judge, counts)
+    _demand({f"{name}.jsonl": len(found) for name, found in files.items()}, config)
+    tokenizer.copy(source, directory, config.data.end_token)
     for name, found in files.items():
-        if not found:
-            raise BadInput(
-                f"nothing is left for {name}.jsonl ({counts}); give more users, or less strict data.* limits"
-            )
         jsonl.write(directory / f"{name}.jsonl", [one.row for one in found])
-    sizes = {f"pretraining.{side}": _write_text(told[side], side, tokens, directory) for side in ("train", "valid")}
+    sizes = {
+        name: pretraining.write((row["text"] for row in told[side]), tokens, directory / name)
+        for side, name in (("train", "pretraining.train"), ("valid", "pretraining.valid"))
+    }
     report = {
         "vocabulary": tokens.vocabulary,
         "counters": counts,
@@ -80,18 +93,25 @@ def held_out(corpus: Corpus, share: float, seed: int) -> frozenset[str]:
     return frozenset(user for pool in pools.values() for user in clean.split(pool, share, seed))
 
 
-def _tokenizer(config: Config, texts: Sequence[str], path: Path) -> Tokenizer:
-    """The tokenizer of the user's folder where it has one, else one trained on `texts`; it stands at `path` then."""
-    own = Path(config.data.source) / "tokenizer.model"
-    if own.is_file():
-        write_bytes(path, own.read_bytes())
-    else:
-        every = sum(map(len, texts)) // TOKENIZER_CHARACTERS + 1
-        tokenizer.train(texts[::every], path, config.model.vocabulary)
-    loaded = Tokenizer.load(path)
-    if loaded.vocabulary != config.model.vocabulary:
-        raise BadInput(f"{own} has {loaded.vocabulary} pieces; set model.vocabulary={loaded.vocabulary}")
-    return loaded
+def _tokenizer(config: Config, corpus: Corpus, told: Sequence[Row], made: Path) -> Path:
+    """The user's folder where it has a tokenizer, else the folder `made`, with one trained on the texts."""
+    own = Path(config.data.source)
+    if not corpus.conversational and tokenizer.found(own):
+        return own
+    texts = [row["text"] for row in told]
+    every = sum(map(len, texts)) // TOKENIZER_CHARACTERS + 1
+    write_bytes(made / tokenizer.TRAINED, sentence_pieces.train(texts[::every], config.model.vocabulary))
+    return made
+
+
+def _demand(sizes: dict[str, int], config: Config) -> None:
+    """BadInput for a part that stays empty."""
+    for name, size in sizes.items():
+        if not size:
+            raise BadInput(
+                f"nothing of {config.data.source} is left for {name}, as held-out users are apart from the others; "
+                f"give several rows of each of 2 users or more, or change data.valid_share={config.data.valid_share}"
+            )
 
 
 def _judge() -> Judge | None:
@@ -114,10 +134,12 @@ def _files(
         counts[name] = count = {"read": len(rows)}
         found = candidates(_dealt_to_sides(rows, held, config, count), reply, tokens)
         if corpus.conversational:
-            whole, most = found, config.data.max_prompt_tokens
-            found = [recent(one, tokens.newline, most) for one in whole]
-            count["prompt_shortened"] = sum(new is not old for new, old in zip(found, whole, strict=True))
-        found = filtered(found, config.data, judge, count)
+            long, most = found, config.data.max_prompt_tokens
+            found = [recent(one, tokens.newline, most) for one in long]
+            count["prompt_shortened"] = sum(new is not old for new, old in zip(found, long, strict=True))
+        whole, found = found, filtered(found, config.data, judge, count)
+        if whole and not found:
+            raise BadInput(f"{config.data.source}: {emptied(name, whole, config.data, count)}")
         train[name] = [one for one in found if not one.is_held(held)]
         valid[name] = [one for one in found if one.is_held(held)]
 
@@ -168,9 +190,3 @@ def _ranked(found: list[Candidate], seed: int) -> tuple[list[Candidate], list[Ca
         rows += sizes[name]
     others = [one for one in found if one.conversation not in ranked]
     return [one for one in found if one.conversation in ranked], others
-
-
-def _write_text(rows: list[Row], side: str, tokens: Tokenizer, directory: Path) -> int:
-    if not rows:
-        raise BadInput(f"no text is left for pretraining.{side}; give more texts or users, or change data.valid_share")
-    return pretraining.write((row["text"] for row in rows), tokens, directory / f"pretraining.{side}")

@@ -11,7 +11,6 @@ import torch
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data import jsonl
 from megatron_rlhf.data.prompts import PromptStream
-from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.eval import labeler
 from megatron_rlhf.eval.gold import GoldPreference
 from megatron_rlhf.generate.sampling import Draw
@@ -61,7 +60,7 @@ def _sampled(run: Session, file: str, count: int, seed: int) -> list[dict[str, A
     Collective: world.
     """
     settings = run.config.rank
-    tokenizer = Tokenizer.load(run.data / "tokenizer.model")
+    tokenizer = run.tokenizer()
     stream = PromptStream.load(
         run.data / f"{file}.jsonl", tokenizer, max_tokens=run.config.data.max_prompt_tokens, seed=seed
     )

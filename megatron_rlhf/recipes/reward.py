@@ -9,7 +9,6 @@ from megatron_rlhf.algorithms import ranking_loss
 from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data.rankings import RankingStream
-from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import roles
 from megatron_rlhf.recipes import losses, session
 from megatron_rlhf.recipes.loop import Lesson, learn
@@ -96,7 +95,7 @@ def demonstration_score(run: Session, engine: Engine) -> float:
 def _rankings(run: Session, split: str) -> RankingStream:
     return RankingStream.load(
         run.data / f"rankings.{split}.jsonl",
-        Tokenizer.load(run.data / "tokenizer.model"),
+        run.tokenizer(),
         max_tokens=run.config.reward_model.context,
         seed=run.config.seed,
     )

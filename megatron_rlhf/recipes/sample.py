@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_rlhf.batch import Prompts
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data.prompts import PromptStream
-from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.recipes import session
@@ -18,12 +17,13 @@ SHOWN = 10
 def run(config: Config) -> None:
     """Print the PPO policy's responses to the first held-out prompts. Collective: world."""
     started = session.start(config)
-    tokenizer = Tokenizer.load(started.data / "tokenizer.model")
+    tokenizer = started.tokenizer()
     stream = PromptStream.load(
         started.data / "prompts.test.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=config.seed
     )
     prompts: Prompts = stream.take(min(SHOWN, len(stream)))
-    rollout = answers(started, started.weights("ppo"), prompts, Draw(config.evaluate.temperature, seed=config.seed))
+    draw_as = Draw(config.evaluate.temperature, config.sampling.top_k, config.sampling.top_p, seed=config.seed)
+    rollout = answers(started, started.weights("ppo"), prompts, draw_as)
     for place, response in zip(prompts.ids_B.tolist(), texts(rollout, tokenizer), strict=True):
         started.log.say(f"> {stream.texts[place]}\n{response}\n")
     collectives.wait_for_all()

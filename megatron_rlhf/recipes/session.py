@@ -16,11 +16,13 @@ from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.load import digest
 from megatron_rlhf.config.rules import check
 from megatron_rlhf.config.schema import Checkpoint, Config, Model
+from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.timer import Timer
 from megatron_rlhf.parallel import collectives, cpu, grid
+from megatron_rlhf.recipes import places
 
 STOPPED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -61,13 +63,17 @@ class Session:
     @property
     def data(self) -> Path:
         """The folder of the data room."""
-        return Path(self.config.data.directory) if self.config.data.directory else self.out / "data"
+        return places.data(self.config)
 
     def weights(self, stage: str) -> Path:
         """The folder of a stage's weights."""
-        if stage == "pretrain" and self.config.checkpoint.pretrained:
-            return Path(self.config.checkpoint.pretrained)
-        return self.out / stage / "weights"
+        return places.weights(self.config, stage)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data room; BadInput unless it has the policy's vocabulary."""
+        found = Tokenizer.load(self.data, self.config.data.end_token)
+        found.check_vocabulary(self.config.model.vocabulary)
+        return found
 
     def done(self, stage: str) -> bool:
         """Whether a stage's weights are there and a run may go on from them; says so."""

@@ -11,7 +11,6 @@ from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.config.schema import Config, Sft
 from megatron_rlhf.data.demonstrations import DemonstrationStream
 from megatron_rlhf.data.pretraining import PretrainingStream
-from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import roles
 from megatron_rlhf.recipes import losses, session
 from megatron_rlhf.recipes.loop import Lesson, Resumable, learn
@@ -61,7 +60,7 @@ def demonstrations_of(run: Session, split: str, limit: int) -> DemonstrationStre
     """The demonstrations of a split, at most `limit` of them (0 for all)."""
     return DemonstrationStream.load(
         run.data / f"demonstrations.{split}.jsonl",
-        Tokenizer.load(run.data / "tokenizer.model"),
+        run.tokenizer(),
         max_prompt=run.config.data.max_prompt_tokens,
         max_response=run.config.data.max_response_tokens,
         limit=limit,

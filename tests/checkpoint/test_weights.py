@@ -69,6 +69,40 @@ def test_a_wrong_folder_is_refused(tmp_path: Path) -> None:
 
 
 @on_grid(4)
+def test_the_vocabulary_and_the_head_are_checked_before_any_tensor(tmp_path: Path) -> None:
+    """Another vocabulary within the same padded rows, and a language model where a head is read, are one sentence."""
+    weights.save(tiny.network("tp2 pp2"), tmp_path / "policy")
+    with pytest.raises(BadInput, match=r"policy holds a model of 100 tokens and model\.vocabulary=101; write"):
+        weights.load(tiny.network("tp2 pp2", replace(tiny.MODEL, vocabulary=101)), tmp_path / "policy")
+    scalar = tiny.network("tp2 pp2", scalar=True)
+    with pytest.raises(BadInput, match=r"policy has no tensor head\.weight, the scalar head"):
+        weights.load(scalar, tmp_path / "policy")
+    weights.load(scalar, tmp_path / "policy", fresh=("head.weight", "head.bias"))
+
+
+@on_grid(4)
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_of_the_vocabulary_may_differ(tied: bool, tmp_path: Path) -> None:
+    """Layouts of another run pad 100 words to 128, 102 or 100 rows: the words are the same, what is behind is 0."""
+    model = replace(tiny.MODEL, tied=tied)
+    built = {rows: tiny.network("tp2 pp2", model, rows=rows, seed=rows) for rows in (128, 102, 100)}
+    names = ["embedding.word_embeddings.weight"] + ([] if tied else ["output_layer.weight"])
+    for saved, network in built.items():
+        weights.save(network, tmp_path / f"{saved}")
+        expected = tiny.weights(network)
+        for rows in built:
+            target = tiny.network("tp1 pp2 dp2", model, rows=rows, seed=7)
+            weights.load(target, tmp_path / f"{saved}")
+            found = tiny.weights(target)
+            for name, tensor in found.items():
+                whole = expected[name]
+                if name in names:
+                    assert not tensor[min(rows, saved) :].any() and len(tensor) == rows
+                    tensor, whole = tensor[:100], whole[:100]
+                assert tensor.equal(whole), (saved, rows, name)
+
+
+@on_grid(4)
 def test_a_save_that_fails_keeps_the_last_one(tmp_path: Path) -> None:
     """The folder is whole or not at all: the old weights stay until every file of the new ones is written."""
     first, second = tiny.network("tp2 pp2", seed=1), tiny.network("tp2 pp2", seed=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlhf.data import tokenizer
+from megatron_rlhf.data import sentence_pieces, tokenizer
 
 TEXT = "the cat dog sees likes a red blue house tree and why what who runs sleeps here there today never"
 WORDS = TEXT.split()
@@ -20,8 +20,8 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Tokenizer:
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    tokenizer.train(sentences(500), path, 96)
-    return tokenizer.Tokenizer.load(path)
+    path.write_bytes(sentence_pieces.train(sentences(500), 96))
+    return tokenizer.Tokenizer.load(path.parent)
 
 
 @pytest.fixture(scope="session")

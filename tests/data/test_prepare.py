@@ -9,10 +9,12 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Data
-from megatron_rlhf.data import chitchat, jsonl, sources
+from megatron_rlhf.data import chitchat, jsonl, sources, tokenizer
 from megatron_rlhf.data.candidates import candidates, recent
 from megatron_rlhf.data.demonstrations import DemonstrationStream
 from megatron_rlhf.data.pretraining import PretrainingStream
@@ -22,6 +24,7 @@ from megatron_rlhf.recipes.prepare import prepare, run
 
 HAS_CHITCHAT = importlib.util.find_spec("chitchat_dataset") is not None
 PROMPTS = ("prompts.train", "prompts.rank", "prompts.rank_valid", "prompts.test")
+LETTERS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>", "<|im_end|>"]
 FILES = ("demonstrations.train", "demonstrations.valid", *PROMPTS)
 
 
@@ -179,14 +182,34 @@ def test_a_tokenizer_in_the_folder_is_used(folder, tokens, made_up):
         prepare(settings(folder, vocabulary=97), folder / "c")
 
 
+def test_any_tokenizer_of_the_folder_is_used_and_its_end_token_kept(folder):
+    """GPT-2's two files or a tokenizer.json take the place of what an earlier run left in the data room."""
+    library = Library(models.BPE({letter: place for place, letter in enumerate(LETTERS)}, []))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    prepare(settings(folder), folder / "room")
+    limits = {"min_response_tokens": 1, "max_prompt_tokens": 90, "max_response_tokens": 90}
+    for names, end in (({"vocab.json", "merges.txt"}, ""), ({"tokenizer.json", "tokenizer_config.json"}, LETTERS[-1])):
+        if end:
+            library.save(str(folder / "tokenizer.json"))
+        library.model.save(str(folder))
+        prepare(settings(folder, vocabulary=len(LETTERS), end_token=end, **limits), folder / "room")
+        kinds = {*(name for kind in tokenizer.KINDS for name in kind), tokenizer.SETTINGS}
+        assert {path.name for path in (folder / "room").iterdir()} & kinds == names
+        found = Tokenizer.load(folder / "room")
+        assert found.end == LETTERS.index(end or "</s>")
+        stream = PretrainingStream(folder / "room" / "pretraining.valid", 200, seed=1)
+        assert (stream.first(1).tokens_BT == found.end).any()
+
+
 def test_bad_sources_are_refused(tmp_path, folder):
     with pytest.raises(BadInput, match="is no folder"):
         prepare(settings(tmp_path, source=str(tmp_path / "absent")), tmp_path / "a")
-    with pytest.raises(BadInput, match="nothing is left"):
+    with pytest.raises(BadInput, match=r"none of its 270 demonstrations is left \(prompt too long: 270\); write for "):
         prepare(settings(folder, max_prompt_tokens=1), tmp_path / "b")
     jsonl.write(folder / "demonstrations.jsonl", [{"prompt": "the cat sees the dog", "response": "red"}])
     with pytest.raises(BadInput):
         prepare(settings(folder, vocabulary=24), tmp_path / "c")
+    assert not any((tmp_path / name).exists() for name in "abc"), "nothing is written where a part stays empty"
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):

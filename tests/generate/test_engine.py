@@ -245,3 +245,16 @@ def test_generation_leaves_the_stage_as_it_was() -> None:
     ):
         generator.sample(tiny.prompts(13, vocabulary=MODEL.vocabulary), Draw(seed=3), 4)
     assert torch.equal(role.forward(rows), before)
+
+
+@on_grid(4)
+def test_the_end_token_may_be_id_0() -> None:
+    """Padding is 0 too: rows end at the first 0 that was drawn, and one that was cut off has not ended."""
+    rollout = Generator(network("tp2 pp2"), end=0, rows=64).sample(
+        tiny.prompts(13, vocabulary=MODEL.vocabulary), Draw(seed=3), 14
+    )
+    assert flips(rollout, recomputed(rollout, Draw(seed=3))) <= 1
+    found = responses(rollout)
+    assert [int(0 in response) for response in found] == rollout.ended_B.tolist()
+    assert all(response.index(0) == len(response) - 1 for response in found if 0 in response)
+    assert 0 < rollout.ended_B.sum() < len(found), "all ended, or none: the test proves nothing"
