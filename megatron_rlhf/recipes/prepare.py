@@ -108,10 +108,9 @@ def _demand(sizes: dict[str, int], config: Config) -> None:
     """BadInput for a part that stays empty."""
     for name, size in sizes.items():
         if not size:
-            share = 0.5 if config.data.valid_share < 0.5 else 0.1
             raise BadInput(
-                f"nothing of {config.data.source} is left for {name}: each part needs rows of users of its own; give "
-                f"rows of more users, or write for example data.valid_share={share}"
+                f"nothing of {config.data.source} is left for {name}, as held-out users are apart from the others; "
+                f"give several rows of each of 2 users or more, or change data.valid_share={config.data.valid_share}"
             )
 
 
