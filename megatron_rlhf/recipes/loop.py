@@ -53,7 +53,7 @@ def learn(session: Session, lesson: Lesson) -> Stats:
             stats = _step(session, lesson, step)
             if step >= lesson.steps * 9 // 10:
                 late += stats
-            progress.advance(", ".join(f"{name} {stats[name]:.4g}" for name in stats.sums if name.startswith("loss")))
+            progress.advance(", ".join(f"{name} {stats[name]:.4g}" for name in stats.sums if name.startswith("loss.")))
             if session.stop.requested():
                 session.leave(lesson.stage, step + 1, put_down(lesson.engine, lesson.streams))
             if session.config.checkpoint.every and (step + 1) % session.config.checkpoint.every == 0:

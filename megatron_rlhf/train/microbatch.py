@@ -68,26 +68,24 @@ def cut(
         assert each == 1, "elements of several rows are not packed"
         lines = first_fit(lengths_e, _up(max([pack_tokens, *lengths_e]), multiple))
         packed = any(len(line) > 1 for line in lines)
-    filled = [sum(lengths_e[element] for element in line) for line in lines]
-    order = sorted(range(len(lines)), key=lambda line: -filled[line])
+
+    def filled(line: list[int]) -> int:
+        return sum(lengths_e[element] for element in line if element >= 0)
 
     # Megatron's interleaved schedule takes micro-batches by the number of stages
     step = layout.pp if layout.vp > 1 else 1
     local = max(1, math.ceil(len(lines) / layout.dp))
     count = _up(math.ceil(local / max(1, rows_each // each)), step)
     size = math.ceil(local / count)
-    dealt = [lines[line] for line in order] + [EMPTY] * (count * size * layout.dp - len(lines))
-    longest = [filled[line] for line in order[:: size * layout.dp]]
-    longest += [0] * (count - len(longest))
+    dealt = sorted(lines, key=filled, reverse=True) + [EMPTY] * (count * size * layout.dp - len(lines))
+    lengths = [_up(max(2, filled(line)), multiple) for line in dealt[:: size * layout.dp]]
     mine = dealt[grid.dp_rank :: layout.dp]
 
     calls: list[list[Part]] = []
     start = 0
-    for many in groups(longest, buckets, step):
-        length = _up(max(2, longest[start]), multiple)
+    for many in groups(lengths, buckets, step):
         places = range(start * size, (start + many) * size, size)
-        parts = [_part(batch, mine[place : place + size], packed, length, rows.width) for place in places]
-        calls.append(parts)
+        calls.append([_part(batch, mine[place : place + size], packed, lengths[start], rows.width) for place in places])
         start += many
     return calls
 

@@ -175,8 +175,9 @@ def test_packed_is_unpacked(words: str, recompute: str) -> None:
 
 @on_grid(4)
 @pytest.mark.slow
-@pytest.mark.parametrize("normalisation", ["tokens", "rows"])
-@pytest.mark.parametrize(("pack_tokens", "buckets"), [(0, 2), (33, 1), (70, 2)])
+@pytest.mark.parametrize(
+    ("pack_tokens", "buckets", "normalisation"), [(0, 2, "tokens"), (33, 1, "rows"), (70, 2, "tokens")]
+)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("words", ["tp4 sp", "pp4", "dp4", "tp2 pp2 sp", "pp2 dp2"])
 def test_packed_is_unpacked_everywhere(

@@ -54,8 +54,9 @@ def test_empty_rows_and_longer_lines_change_no_gradient(words: str) -> None:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("length", [2, 3, 13, 17])
-@pytest.mark.parametrize("words", ["tp2 dp2 sp", "tp4 sp", "tp2 pp2 sp"])
+@pytest.mark.parametrize(
+    ("words", "length"), [("tp2 dp2 sp", 3), ("tp2 dp2 sp", 17), ("tp4 sp", 2), ("tp4 sp", 13), ("tp2 pp2 sp", 13)]
+)
 def test_any_length_passes_under_sequence_parallelism(words: str, length: int) -> None:
     """The line is rounded up to a multiple of tp; loss and gradients are those of the rows as they are."""
     rows = longest_is(length)

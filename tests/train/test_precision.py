@@ -37,7 +37,7 @@ from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
 
 LAYOUTS = ["tp2 pp2", *(pytest.param(words, marks=pytest.mark.slow) for words in ("dp4", "tp2 dp2 sp"))]
-CLOSE = {"bf16": {"loss.language": 2e-3, "grad_norm": 2e-2}, "fp16": {"loss.language": 5e-4, "grad_norm": 5e-3}}
+CLOSE = {"bf16": {"loss.language": 1e-3, "grad_norm": 1e-2}, "fp16": {"loss.language": 2e-4, "grad_norm": 2e-3}}
 """Relative distance from fp32 over 10 updates; measured at most a third of it."""
 STEADY = LossScale(initial=1024.0, growth_interval=1000)
 """A scale that neither overflows nor grows in a test."""
@@ -233,7 +233,8 @@ def test_what_is_read_is_computed_in_fp32(precision: str) -> None:
         assert found.dtype == torch.float32
         assert not torch.equal(found, found.to(built.config.params_dtype).float())
         expected = tiny.learner(exact, read).forward(rows)
-        assert float((found - expected).norm() / expected.norm()) < {"bf16": 3e-2, "fp16": 4e-3}[precision]
+        limit = {"bf16": 3e-2, "fp16": 4e-3}[precision] * (1 if scalar else 0.1)
+        assert float((found - expected).norm() / expected.norm()) < limit
 
 
 @on_grid(4)
