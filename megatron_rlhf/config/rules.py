@@ -97,7 +97,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.ffn" for model in _MODELS),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            "evaluate.max_tokens",
+            *("evaluate.max_tokens", "sampling.groups"),
             *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
             *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
         ),
@@ -183,7 +183,12 @@ def _lengths(config: Config) -> Iterator[str]:
 
 
 def _counts(config: Config) -> Iterator[str]:
-    ppo, rank = config.ppo, config.rank
+    ppo, rank, sampling = config.ppo, config.rank, config.sampling
+    if sampling.groups > sampling.batch:
+        yield (
+            f"sampling.groups={sampling.groups} is more than the rows to share out, sampling.batch={sampling.batch}; "
+            f"write for example sampling.groups={sampling.batch}"
+        )
     if ppo.episodes % ppo.minibatches:
         yield (
             f"ppo.episodes={ppo.episodes} is no multiple of ppo.minibatches={ppo.minibatches}; "

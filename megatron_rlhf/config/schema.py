@@ -196,6 +196,8 @@ class Sampling:
     """Longest response, the end token included."""
     batch: int = 256
     """Sequences a replica decodes together."""
+    groups: int = 0
+    """Parts of them that take turns in the pipeline's stages; 0 is one a stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
