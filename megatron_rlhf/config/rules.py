@@ -109,7 +109,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k"),
+            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k", "sampling.groups"),
             *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
             *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
         ),
@@ -228,7 +228,12 @@ def _lengths(config: Config) -> Iterator[str]:
 
 
 def _counts(config: Config) -> Iterator[str]:
-    ppo, rank, scale = config.ppo, config.rank, config.adam.loss_scale
+    ppo, rank, sampling, scale = config.ppo, config.rank, config.sampling, config.adam.loss_scale
+    if sampling.groups > sampling.batch:
+        yield (
+            f"sampling.groups={sampling.groups} is more than the rows to share out, sampling.batch={sampling.batch}; "
+            f"write for example sampling.groups={sampling.batch}"
+        )
     if scale.minimum > scale.initial:
         yield (
             f"adam.loss_scale.minimum={scale.minimum} is above adam.loss_scale.initial={scale.initial}; "

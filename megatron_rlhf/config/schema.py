@@ -274,6 +274,8 @@ class Sampling:
     """Verb sample only: draw from the k likeliest tokens; 0 means all."""
     top_p: float = 1.0
     """Verb sample only: draw from the smallest set of tokens with this probability; 1 means all."""
+    groups: int = 0
+    """Parts of them that take turns in the pipeline's stages; 0 is one a stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,10 @@ from megatron_rlhf.parallel.collectives import device
 
 
 class Cache:
-    """Keys and values of a stage's layers for b rows of at most `capacity` tokens."""
+    """Keys and values of a stage's layers for b rows of at most `capacity` tokens.
+
+    A stage reads and fills the cache that was activated last; the caches of other rows wait as they are.
+    """
 
     def __init__(self, network: Network, rows: int, capacity: int) -> None:
         """Allocate [b, g, capacity, d] twice a layer and hang them into the stage."""
@@ -29,9 +32,16 @@ class Cache:
         self.lengths_b = torch.zeros(rows, dtype=torch.int64, device=here)
         self.attentions = [m for chunk in network.chunks for m in chunk.modules() if isinstance(m, CoreAttention)]
         shape = (rows, heads, capacity, config.kv_channels)
-        for attention in self.attentions:
+        self.layers: list[LayerCache] = []
+        for _ in self.attentions:
             keys, values = (torch.zeros(shape, dtype=config.params_dtype, device=here) for _ in range(2))
-            attention.cache = LayerCache(keys, values, self.lengths_b)
+            self.layers.append(LayerCache(keys, values, self.lengths_b))
+        self.activate()
+
+    def activate(self) -> None:
+        """Hang these keys and values into the stage in place of any others."""
+        for attention, layer in zip(self.attentions, self.layers, strict=True):
+            attention.cache = layer
 
     def filled(self, lengths_b: Tensor, *, decoding: bool) -> None:
         """Tell every layer how many slots of each row are filled, and whether the next forward is one token."""
@@ -49,7 +59,8 @@ class Cache:
         self.filled(self.lengths_b[rows], decoding=True)
 
     def drop(self) -> None:
-        """Free the cache; the stage attends without one again."""
+        """Free the cache; the stage attends without one until another is activated."""
+        self.layers = []
         for attention in self.attentions:
             attention.cache = None
 

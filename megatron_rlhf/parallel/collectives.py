@@ -19,13 +19,13 @@ Group = dist.ProcessGroup | None
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """A send under way; it keeps the tensor alive until `wait` returns."""
+    """A send or a broadcast under way; it keeps the tensor alive until `wait` returns."""
 
     work: dist.Work
     tensor: Tensor
 
     def wait(self) -> None:
-        """Returns when the tensor may be changed or freed."""
+        """Returns when the tensor may be read, changed or freed."""
         self.work.wait()
 
 
@@ -60,6 +60,16 @@ def broadcast(tensor: Tensor, source_rank: int, group: Group = None) -> Tensor:
     if travelling.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(travelling)
     return tensor
+
+
+def start_broadcast(tensor: Tensor, source_rank: int, group: Group = None) -> Sending:
+    """Starts filling `tensor` with the values it has on `source_rank` and returns at once; read it after `wait`.
+
+    It must be contiguous and lie on `device()`. Collective: `group`.
+    """
+    work = dist.broadcast(tensor, source_rank, group=group, async_op=True)
+    assert work is not None, "this rank is not in the group"
+    return Sending(work, tensor)
 
 
 def agree(value: int) -> None:

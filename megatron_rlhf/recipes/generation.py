@@ -18,6 +18,6 @@ def answers(run: Session, folder: Path, prompts: Prompts, draw_as: Draw, max_tok
     """
     network = run.network(run.config.model, run.config.layout.generate)
     weights.load(network, folder)
-    tokenizer = run.tokenizer()
-    generator = Generator(network, end=tokenizer.end, rows=run.config.sampling.batch)
-    return generator.sample(prompts, draw_as, max_tokens or run.config.sampling.max_tokens)
+    tokenizer, sampling = run.tokenizer(), run.config.sampling
+    generator = Generator(network, end=tokenizer.end, rows=sampling.batch, groups=sampling.groups)
+    return generator.sample(prompts, draw_as, max_tokens or sampling.max_tokens)

@@ -83,11 +83,12 @@ class Run:
 def step(run: Run) -> Stats:
     """One iteration: episodes drawn, scored and annotated, then one update a minibatch. Collective: world."""
     ppo, seed, clock = run.ppo, run.session.config.seed, run.session.timer
+    sampling, end = run.session.config.sampling, run.tokenizer.end
     prompts = run.prompts.take(ppo.episodes)
     with clock("generate"), generating(
-        run.policy, run.generate, end=run.tokenizer.end, rows=run.session.config.sampling.batch
+        run.policy, run.generate, end=end, rows=sampling.batch, groups=sampling.groups
     ) as generator:
-        rollout = sample(generator, prompts, run.session.config.sampling, seed=seed, iteration=run.iteration)
+        rollout = sample(generator, prompts, sampling, seed=seed, iteration=run.iteration)
     with clock("score"):
         rollout = score(rollout, run.reward, ppo)
     with clock("annotate"):

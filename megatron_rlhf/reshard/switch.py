@@ -13,7 +13,7 @@ from megatron_rlhf.train.engine import Engine
 
 
 @contextmanager
-def generating(policy: Engine, network: Network, *, end: int, rows: int) -> Iterator[Generator]:
+def generating(policy: Engine, network: Network, *, end: int, rows: int, groups: int = 0) -> Iterator[Generator]:
     """A generator that holds the policy's present weights in the layout of `network`; going back moves nothing.
 
     The optimizer's parameter gather has finished when `update` returns, so the weights read here are those of the last
@@ -21,4 +21,4 @@ def generating(policy: Engine, network: Network, *, end: int, rows: int) -> Iter
     """
     agree(policy.updates)
     move.copy(policy.network, network)
-    yield Generator(network, end=end, rows=rows)
+    yield Generator(network, end=end, rows=rows, groups=groups)

@@ -31,6 +31,11 @@ BROKEN = [
     (["ppo.gamma=1.5"], "ppo.gamma is 1.5; it must be from 0 to 1"),
     (["ppo.average_decay=1"], "ppo.average_decay is 1.0; it must be at least 0 and below 1"),
     (["sampling.temperature=0"], "sampling.temperature is 0.0; it must be above 0"),
+    (["sampling.groups=-1"], "sampling.groups is -1; it must be at least 0"),
+    (
+        ["sampling.batch=4", "sampling.groups=5"],
+        "sampling.groups=5 is more than the rows to share out, sampling.batch=4; write for example sampling.groups=4",
+    ),
     (["ppo.policy.rate=-1e-5"], "ppo.policy.rate is -1e-05; it must be above 0"),
     (["ppo.kl.coef=-1"], "ppo.kl.coef is -1.0; it must be at least 0"),
     (["data.valid_share=1"], "data.valid_share is 1.0; it must be above 0 and below 1"),

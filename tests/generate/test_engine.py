@@ -30,6 +30,7 @@ MODEL = replace(tiny.MODEL, vocabulary=11, init_std=0.2)
 PADDED = 16
 NEAR = 1e-5
 """Two perturbed logits closer than this may change places between two orders of addition."""
+LLAMA = replace(tiny.LLAMA, vocabulary=11, init_std=0.2)
 LAYOUTS = [tiny.ONE, "tp2 dp2", "tp2 pp2", "pp4", "tp4"]
 
 
@@ -39,11 +40,17 @@ def network(words: str, seed: int = 5) -> Network:
 
 
 def generate(
-    words: str, draw_as: Draw, *, rows: int = 64, asked: Prompts | None = None, max_tokens: int = 14
+    words: str,
+    draw_as: Draw,
+    *,
+    rows: int = 64,
+    groups: int = 0,
+    asked: Prompts | None = None,
+    max_tokens: int = 14,
 ) -> Rollout:
     """What the policy answers under `words`. Collective: world."""
     asked = asked or tiny.prompts(13, vocabulary=MODEL.vocabulary)
-    return Generator(network(words), end=END, rows=rows).sample(asked, draw_as, max_tokens)
+    return Generator(network(words), end=END, rows=rows, groups=groups).sample(asked, draw_as, max_tokens)
 
 
 def recomputed(rollout: Rollout, draw_as: Draw, built: Network | None = None) -> Tensor:
@@ -111,6 +118,16 @@ def test_the_cache_equals_full_recompute(words: str, draw_as: Draw) -> None:
 
 
 @on_grid(4)
+@pytest.mark.parametrize("words", ["tp2 dp2", "pp4"])
+def test_rotary_positions_are_each_rows_own(words: str) -> None:
+    """Llama style, ragged prompts: a new token turns by the place it has in its row, on every stage."""
+    draw_as, asked = Draw(seed=3), tiny.prompts(13, vocabulary=LLAMA.vocabulary)
+    rollout = Generator(tiny.network(words, LLAMA, rows=PADDED), end=END, rows=64).sample(asked, draw_as, 14)
+    assert flips(rollout, recomputed(rollout, draw_as, tiny.network(tiny.ONE, LLAMA, rows=PADDED))) <= 1
+    assert len({len(response) for response in responses(rollout)}) > 3
+
+
+@on_grid(4)
 def test_the_oracle_sees_a_wrong_cache() -> None:
     """One slot that is read too late, or rows packed in another order, is more than a near tie."""
     append = decode.CoreAttention._append
@@ -166,6 +183,31 @@ def test_company_and_layout_change_no_token() -> None:
     assert responses(first) == responses(base)[:1]
     assert responses(generate("tp2 dp2", Draw(seed=4), asked=asked)) != responses(base)
     assert responses(generate("tp2 dp2", Draw(seed=3, iteration=1), asked=asked)) != responses(base)
+
+
+@on_grid(4)
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [("pp4", (2, 3, 4, 6)), ("tp2 pp2", (2, 5)), ("pp2 dp2", (3,)), (tiny.ONE, (3,))],
+    ids=str,
+)
+def test_groups_change_no_token(words: str, numbers: tuple[int, ...]) -> None:
+    """Rows of ragged ends in several groups are drawn as in one: more groups than stages and fewer, all rows at once
+    or new groups in the place of those that are done, fewer rows than groups, a replica without rows."""
+    base = generate(words, Draw(seed=3), groups=1)
+    assert len(set(map(len, responses(base)))) > 3
+    with mock.patch.object(decode.Cache, "keep", autospec=True, side_effect=decode.Cache.keep) as packed:
+        for groups in numbers:
+            for rows in (64, groups):
+                other = generate(words, Draw(seed=3), rows=rows, groups=groups)
+                assert responses(other) == responses(base), (groups, rows)
+                assert torch.equal(other.ended_B, base.ended_B)
+                torch.testing.assert_close(other.drawn_logprobs_BR, base.drawn_logprobs_BR, rtol=0, atol=1e-5)
+    assert any_rank(packed.call_count > 0)
+    for count in (1, 2):
+        asked = tiny.prompts(13, vocabulary=MODEL.vocabulary).select(torch.arange(count))
+        few = generate(words, Draw(seed=3), groups=numbers[-1], asked=asked)
+        assert responses(few) == responses(base)[:count]
 
 
 @on_grid(4)
@@ -232,12 +274,12 @@ def test_padded_words_are_never_drawn(words: str) -> None:
 
 @on_grid(4)
 def test_generation_leaves_the_stage_as_it_was() -> None:
-    """After it, a forward uses no cache, even where generation failed in the middle."""
+    """After it, a forward uses no cache, even where generation failed in the middle, several groups under way."""
     built = network("tp2 dp2")
     role = tiny.learner(built)
     rows = tiny.rows(6, vocabulary=MODEL.vocabulary)
     before = role.forward(rows)
-    generator = Generator(built, end=END, rows=64)
+    generator = Generator(built, end=END, rows=64, groups=3)
     generator.sample(tiny.prompts(13, vocabulary=MODEL.vocabulary), Draw(seed=3), 4)
     with (
         mock.patch.object(decode, "advance", side_effect=RuntimeError("planted")),

@@ -66,6 +66,19 @@ def test_broadcast_fills_in_place_within_its_group() -> None:
 
 
 @on_grid(4)
+def test_broadcasts_under_way_fill_their_own_tensors() -> None:
+    """Two are started before either is awaited, among sends that cross on the same ranks."""
+    rank = dist.get_rank()
+    tensors = [torch.full((3,), rank * 10 + i) for i in range(2)]
+    started = [collectives.start_broadcast(tensor, source) for source, tensor in zip((2, 1), tensors, strict=True)]
+    sending = collectives.send(torch.tensor([rank]), rank ^ 1)
+    assert collectives.receive((1,), torch.int64, rank ^ 1).tolist() == [rank ^ 1]
+    for handle in (*started, sending):
+        handle.wait()
+    assert [tensor.tolist() for tensor in tensors] == [[20] * 3, [11] * 3]
+
+
+@on_grid(4)
 def test_sends_that_cross_do_not_deadlock_and_keep_order() -> None:
     """Every rank starts two sends round the ring before it receives; the sent tensors may be dropped meanwhile."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
