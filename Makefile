@@ -3,6 +3,7 @@ PYTHON ?= python3
 OUT ?= runs/quickstart
 BIN := .venv/bin
 READY := .venv/.ready
+RIVALS := .venv/.rivals
 
 .PHONY: help quickstart test acceptance check bench clean
 
@@ -36,8 +37,13 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: $(READY)
-	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
+$(RIVALS): $(READY)
+	$(BIN)/pip install -e '.[bench]'
+	touch $@
+
+bench: $(RIVALS)
+	@set -e; for file in $(wildcard benchmarks/*.py); do \
+		$(BIN)/python $$file --json benchmarks/results/$$(basename $$file .py).json; done
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,7 +2,8 @@
 
 N rows, V columns of this slice, of which the first `columns` are words and the rest padding; T is the temperature.
 Knows no group: parallel/vocab.py combines the statistics of the slices. float64 is computed in float64, any other
-dtype in float32, a few rows at a time, so that no second copy of the logits ever exists.
+dtype in float32, a few rows at a time, so that no second copy of the logits ever exists. A row with a negative target
+is ignored, and on a CPU not even read: prompts and padding are often more than half of a batch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ def stats(logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int, columns: in
     """[4, N] rows m, S, Z, t of x = logits / T: m = max x, S = sum e^(x-m), Z = sum x e^(x-m), t = x at the target.
 
     A target outside [vocab_start, vocab_start + columns) gives t = 0; a slice without words gives m = -inf, S = Z = 0.
+    The statistics of an ignored row are finite where there are words, and mean nothing.
     """
     dtype = _dtype(logits_NV)
     result = torch.zeros((4, len(logits_NV)), dtype=dtype, device=logits_NV.device)
     if columns <= 0:
         result[0] = -torch.inf
         return result
-    for rows in _chunks(logits_NV):
-        x = logits_NV[rows, :columns].to(dtype, copy=True).div_(temperature)
+    result[1] = 1
+    for rows in _chunks(logits_NV, targets_N):
+        x = _copied(logits_NV, rows, columns, dtype).div_(temperature)
         column, inside = _local(targets_N[rows], vocab_start, columns)
         result[3, rows] = torch.where(inside, x.gather(1, column[:, None])[:, 0], 0)
         largest = x.amax(1)
@@ -51,13 +54,13 @@ def backward(
 ) -> Tensor:
     """`out_NV` filled with (1/T) [g (1_y - p) - h p (x - lse + H)] of log-prob gradient g and entropy gradient h.
 
-    `out_NV` may be `logits_NV`. Padding columns and rows with a negative target become exactly 0.
+    `out_NV` may be `logits_NV`. Padding columns and ignored rows become exactly 0.
     """
     dtype = _dtype(logits_NV)
     words = max(columns, 0)
     out_NV[:, words:] = 0
-    for rows in _chunks(logits_NV) if words else ():
-        log_p = logits_NV[rows, :words].to(dtype, copy=True).div_(temperature).sub_(log_sum_N[rows, None])
+    for rows in _chunks(logits_NV, targets_N) if words else ():
+        log_p = _copied(logits_NV, rows, words, dtype).div_(temperature).sub_(log_sum_N[rows, None])
         p = log_p.exp()
         if entropy_grad_N is not None:
             assert entropy_N is not None
@@ -70,17 +73,25 @@ def backward(
         if grad_N is not None:
             column, inside = _local(targets_N[rows], vocab_start, words)
             gradient.scatter_add_(1, column[:, None], torch.where(inside, grad_N[rows], 0)[:, None])
-        out_NV[rows, :words] = gradient.div_(temperature).masked_fill_((targets_N[rows] < 0)[:, None], 0)
-    return out_NV
+        out_NV[rows, :words] = gradient.div_(temperature)
+    return out_NV.masked_fill_((targets_N < 0)[:, None], 0)
 
 
 def _dtype(logits_NV: Tensor) -> torch.dtype:
     return torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
 
 
-def _chunks(logits_NV: Tensor) -> list[slice]:
+def _chunks(logits_NV: Tensor, targets_N: Tensor) -> list[slice] | list[Tensor]:
+    """The rows a few at a time; on a CPU the ignored ones are left out, on a GPU finding them would stop its queue."""
     size = max(1, _CHUNK // max(1, logits_NV.shape[1]))
+    if logits_NV.device.type == "cpu" and bool((targets_N < 0).any()):
+        return list((targets_N >= 0).nonzero().squeeze(1).split(size))
     return [slice(start, start + size) for start in range(0, len(logits_NV), size)]
+
+
+def _copied(logits_NV: Tensor, rows: slice | Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The rows' words as a tensor of their own; selecting rows by number makes one already."""
+    return logits_NV[rows, :columns].to(dtype, copy=isinstance(rows, slice))
 
 
 def _local(targets_N: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -172,8 +172,10 @@ class Engine:
 
     def _run(self, calls: list[list[Part]], finish: schedule.Finish, *, forward_only: bool) -> list[Any]:
         stages: list[torch.nn.Module] = list(self.optimizer.stages if self.optimizer else self.network.chunks)
-        for stage in stages:
-            stage.train(not forward_only)
+        for stage, chunk in zip(stages, self.network.chunks, strict=True):
+            # Setting the mode walks all modules, which takes milliseconds. A generator may have set the chunk's alone.
+            if forward_only in (stage.training, chunk.training):
+                stage.train(not forward_only)
         found: list[Any] = []
         for parts in calls:
             found += schedule.run(self.network, stages, parts, finish, forward_only=forward_only)
