@@ -22,8 +22,9 @@ from benchmarks.harness.turns import Channel
 from benchmarks.ppo.task import Task
 from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.config.load import load
-from megatron_rlhf.data import jsonl, pretraining, tokenizer
+from megatron_rlhf.data import jsonl, pretraining, sentence_pieces
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.observe.log import write_bytes
 from megatron_rlhf.observe.memory import peak_bytes
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.recipes import ppo, session
@@ -114,7 +115,7 @@ def _write(task: Task, folder: Path) -> None:
     known = list(dict.fromkeys("".join(source.choices(letters, k=5)) for _ in range(2 * task.vocabulary)))
     frequent = known[: min(_FREQUENT, task.vocabulary // 16)]
     lines = [" ".join(frequent) for _ in range(50)] + [" ".join(known[at : at + 20]) for at in range(0, len(known), 20)]
-    tokenizer.train(lines, folder / "tokenizer.model", task.vocabulary)
+    write_bytes(folder / "tokenizer.model", sentence_pieces.train(lines, task.vocabulary))
     prompts = [" ".join(source.choices(frequent, k=length)) for length in task.prompt_lengths]
     made = Tokenizer.load(folder / "tokenizer.model")
     found = [len(tokens) for tokens in made.encode_all(prompts)]
