@@ -2,7 +2,7 @@
 
 A step copies the gradient shards in, steps torch's AdamW on the host's cores and copies the weights out. Megatron's own
 hybrid optimizer (mcore 0.16.1 optimizer/cpu_offloading) does the same for 16-bit CUDA weights only: its step is a
-KeyError without CUDA (hybrid_optimizer.py:113), and it refuses shards of fp32 weights, which are no leaves (:57).
+KeyError without CUDA (hybrid_optimizer.py:101), and it refuses shards of fp32 weights, which are no leaves (:57).
 """
 
 from __future__ import annotations
