@@ -73,7 +73,7 @@ def backward(
         if grad_N is not None:
             column, inside = _local(targets_N[rows], vocab_start, words)
             gradient.scatter_add_(1, column[:, None], torch.where(inside, grad_N[rows], 0)[:, None])
-        out_NV[rows, :words] = gradient.div_(temperature)
+        out_NV[rows, :words] = gradient.div_(temperature).to(out_NV.dtype)
     return out_NV.masked_fill_((targets_N < 0)[:, None], 0)
 
 

@@ -162,6 +162,22 @@ def test_ignored_rows_are_not_read() -> None:
     assert gradient.isfinite().all() and not gradient[2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ignored_rows_of_sixteen_bits(dtype: torch.dtype) -> None:
+    """The gradient comes in the logits' dtype, rounded from fp32, 0 where a row is ignored."""
+    logits, targets = _logits(5, _WORDS, torch.float32).to(dtype), _targets(5)
+    targets[1] = -1
+    logits.requires_grad_()
+    answer = vocab.logprobs(logits, targets, vocab_start=0, vocab_size=_WORDS, entropy=True)
+    gradient = _gradient(answer, logits, torch.ones(2, 5))
+    assert gradient.dtype == dtype and not gradient[1].any()
+    wide = logits.detach().float().requires_grad_()
+    exact = _gradient(
+        vocab.logprobs(wide, targets, vocab_start=0, vocab_size=_WORDS, entropy=True), wide, torch.ones(2, 5)
+    )
+    torch.testing.assert_close(gradient, exact.to(dtype))
+
+
 @on_grid(4)
 def test_every_split_of_the_vocabulary_agrees() -> None:
     """tp1, tp2 and tp4 (its last slice all padding) are within 3e-6 of float64, ranks bit-equal."""
