@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,15 @@ from megatron_rlhf.reshard.grouping import grouped
 from megatron_rlhf.reshard.layout import TensorSpec, specs
 from megatron_rlhf.reshard.message import RankPlan
 from megatron_rlhf.reshard.plan import Plan, plan
+from megatron_rlhf.reshard.rounds import meeting
 from megatron_rlhf.reshard.shares import shares
 from megatron_rlhf.reshard.topology import Cluster, Seats
 from tests.helpers.reshard import emulate, layouts, model
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = (1, 2, 4, 8)
-KINDS = [(style, tied, padded, node) for style in ("gpt", "llama") for tied in (True, False) for padded in (0, 1) for node in NODES]  # fmt: skip  # noqa: E501
+# style, tied, whether the vocabulary is padded for both tp together, GPUs a node
+KINDS = list(product(("gpt", "llama"), (True, False), (True, False), NODES))
 GPT = Model(layers=4, hidden=16, heads=4, vocabulary=50, context=6, precision="bf16")
 GPT_175B = Model(layers=96, hidden=12288, heads=96, vocabulary=51200, tied=False, precision="bf16")
 
@@ -122,37 +124,41 @@ def test_a_dealt_layout_is_a_source_too() -> None:
     prove(dealt, Layout(2, 4, 2), 1)
 
 
-EVEN = {"heads": 16, "vocabulary": 16, "context": 1, "tied": False, "precision": "bf16"}
-
-
 def balanced(source: Layout, target: Layout, node: int) -> None:
-    """Where all source stages are nearly of one size, no rank sends more than 1.1 times the mean."""
+    """Where all source stages are nearly of one size and all degrees are powers of two, no rank sends more than 1.1
+    times the mean. Where degrees do not divide, the owners of a stage keep more or less of it than those of another one
+    and send less or more: then the 1.1 holds among those that hold the same, between nodes of one GPU.
+    """
     heads = math.lcm(16, source.tp, target.tp)
     layers = 4 * math.lcm(source.pp * source.vp, target.pp * target.vp)
-    shape = Model(**{**EVEN, "heads": heads}, layers=layers, hidden=16 * heads)
-    known = specs(shape, math.ceil(shape.vocabulary / heads) * heads)
+    even = Model(layers=layers, hidden=16 * heads, heads=heads, vocabulary=heads, context=1, tied=False)
+    known = specs(even, heads)
     dealt = grouped(source, target, known, known)
-    table = plan(known, source, known, dealt, Cluster(node=node)).transfers
-    if len(table):
-        sent = np.bincount(table.source, weights=table.size, minlength=source.size)
-        assert sent.max() <= 1.1 * sent.mean(), f"{source} -> {dealt}, {node} GPUs a node"
+    smooth = source.size & (source.size - 1) == 0
+    table = plan(known, source, known, dealt, Cluster(node=node if smooth else 1)).transfers
+    if not len(table):
+        return
+    sent = np.bincount(table.source, weights=table.size, minlength=source.size)
+    # [tp, pp, dp]: what is sent by those that hold the same
+    alike = sent[Seats.of(source, source.size).ranks]
+    assert alike.max() <= 1.1 * (sent.mean() if smooth else alike.mean(axis=2).max()), f"{source} -> {dealt}, {node}"
 
 
 def test_senders_are_even_where_stages_are() -> None:
     """A spread. With a vocabulary the first and last stage hold more, and what only they hold only they can send: in
-    GPT-3 175B 6 % more than the mean (test_the_table)."""
+    GPT-3 175B up to 7 % more than the mean (test_the_table)."""
     draw = random.Random(0)
     for _ in range(100):
-        ranks = draw.choice([4, 6, 8, 12, 16, 16])
+        ranks = draw.choice([4, 6, 8, 8, 12, 16, 16])
         balanced(draw.choice(layouts(ranks)), draw.choice(layouts(ranks)), draw.choice(NODES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", range(1, 17))
 def test_senders_of_all_pairs_are_even_where_stages_are(ranks: int) -> None:
-    """Node sizes take turns."""
-    for number, (source, target) in enumerate(pairs(ranks)):
-        balanced(source, target, NODES[number % 4])
+    """In nodes of every size."""
+    for (source, target), node in product(pairs(ranks), NODES if ranks & (ranks - 1) == 0 else (1,)):
+        balanced(source, target, node)
 
 
 def test_few_senders_for_many() -> None:
@@ -188,8 +194,6 @@ def test_a_node_pulls_each_byte_once() -> None:
     shape = specs(replace(GPT, tied=False), 52)
     made = plan(shape, Layout(1, 2, 4), shape, Layout(1, 1, 8), Cluster(node=4))
     outcome = emulate(made)
-    half = [sum(piece.name != "" for piece in message.receive) for message in outcome.plans[0].rounds]
-    assert half
     outside = [m for m in outcome.plans[0].rounds if m.peer >= 4]
     inside = [m for m in outcome.plans[0].rounds if m.peer < 4]
     assert len(outside) == 1
@@ -220,8 +224,8 @@ def test_components_are_what_messages_connect() -> None:
 @pytest.mark.parametrize(
     ("target", "fresh", "sentence"),
     [
-        (specs(GPT, 50, scalar=True), (), r"no weights for head.weight, head.bias: the source has no .* list it as fresh"),
-        (specs(replace(GPT, context=7), 50), (), r"embedding.position_embeddings.weight is \(6, 16\) bf16 in the source and \(7, 16\)"),
+        (specs(GPT, 50, scalar=True), (), r"no weights for head.weight, head.bias: the source has no .* as fresh"),
+        (specs(replace(GPT, context=7), 50), (), r"position_embeddings.weight is \(6, 16\) bf16 in .* \(7, 16\)"),
         (specs(replace(GPT, precision="fp32"), 50), (), r"is \(50, 16\) bf16 in the source and \(50, 16\) fp32 in the"),
         (specs(GPT, 49), (), r"tp2 does not divide the 49 parts"),
     ],
@@ -249,9 +253,10 @@ def test_the_plan_is_the_same_everywhere() -> None:
     shape = specs(GPT, 52)
     mine = plan(shape, Layout(4, 2, 2), shape, Layout(2, 1, 8))
     for seed in ("1", "2"):
+        started = [sys.executable, "-c", code]
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        )  # fmt: skip
+            started, cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == mine.sha256
     others = [
         plan(shape, Layout(4, 2, 2, order="tp-pp-dp"), shape, Layout(2, 1, 8)),
@@ -311,9 +316,16 @@ def test_the_table(policy: str, generate: str, received: float, nic: int, node: 
 def test_nobody_meets_two_at_once() -> None:
     """In the order of rounds every rank has one meeting a round, however large its component."""
     shape = specs(replace(GPT, layers=12), 60)
-    made = plan(shape, Layout(1, 12), shape, Layout(1, 1, 12))
+    made = plan(shape, Layout(1, 12), shape, Layout(1, 1, 12), Cluster(node=1))
     group = made.rank(0).component
-    orders = [[message.peer for message in made.rank(rank).rounds] for rank in group]
-    assert all(len(set(order)) == len(order) for order in orders)
-    assert set(chain(*orders)) == set(group)
-    assert {frozenset((rank, order[0])) for rank, order in enumerate(orders)} != set()
+    meetings = [
+        {meeting(group.index(rank), group.index(message.peer), len(group)) for message in made.rank(rank).rounds}
+        for rank in group
+    ]
+    assert group == tuple(range(12))
+    assert meetings == [set(range(11))] * 12
+    for count in (2, 5, 8):
+        for one in range(count):
+            met = [meeting(one, other, count) for other in range(count) if other != one]
+            assert len(set(met)) == len(met)
+            assert [meeting(other, one, count) for other in range(count) if other != one] == met
