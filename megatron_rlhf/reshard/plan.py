@@ -55,7 +55,7 @@ class Plan:
     @cached_property
     def sha256(self) -> str:
         """Equal on two ranks exactly when their plans are."""
-        settings = (self.source, self.target, self.cluster, self.source_tensors, self.target_tensors, self.fresh)
+        settings = (self.source, self.target, self.source_tensors, self.target_tensors, self.fresh)
         digest = hashlib.sha256(repr(settings).encode())
         for column in self.transfers.columns:
             digest.update(column.astype("<i8").tobytes())

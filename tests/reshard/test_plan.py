@@ -24,7 +24,7 @@ from megatron_rlhf.config.schema import Model
 from megatron_rlhf.reshard.grouping import grouped
 from megatron_rlhf.reshard.layout import TensorSpec, specs
 from megatron_rlhf.reshard.message import RankPlan
-from megatron_rlhf.reshard.plan import plan
+from megatron_rlhf.reshard.plan import Plan, plan
 from megatron_rlhf.reshard.rounds import meeting
 from megatron_rlhf.reshard.topology import Cluster, Seats
 from tests.helpers.reshard import bound, emulate, layouts, model
@@ -47,6 +47,14 @@ def tensors(shape: Model, tp: int, together: int) -> tuple[TensorSpec, ...]:
     return specs(shape, math.ceil(shape.vocabulary / multiple) * multiple)
 
 
+def pulled(made: Plan) -> list[int]:
+    """Bytes that reach each node from others."""
+    table, node = made.transfers, made.cluster.node
+    far = table.source // node != table.target // node
+    size = np.bincount(table.target[far] // node, weights=table.size[far], minlength=-(-made.world // node))
+    return [int(number) for number in size]
+
+
 def prove(source: Layout, target: Layout, number: int, *, deal: bool = True) -> None:
     """The emulation of kind `number`, with the target in its own order and as it is dealt."""
     style, tied, padded, node = KINDS[number % len(KINDS)]
@@ -57,9 +65,11 @@ def prove(source: Layout, target: Layout, number: int, *, deal: bool = True) -> 
         made = plan(ours, source, theirs, dealt, Cluster(node=node))
         outcome = emulate(made)
         found = made.summary(staging=1000)
-        lack = bound(made).lack
-        assert outcome.received == lack.tolist(), "received bytes are the bound, rank by rank"
-        assert found.recv_bytes_max == found.recv_bound_max == lack.max()
+        floor = bound(made)
+        assert outcome.received == floor.lack.tolist(), "received bytes are the bound, rank by rank"
+        assert found.recv_bytes_max == found.recv_bound_max == floor.lack.max()
+        if not made.merged:
+            assert pulled(made) == floor.node.tolist(), "what no GPU of a node has comes to it once"
         assert found.send_bytes_max == max(outcome.sent)
         assert sum(outcome.sent) == sum(outcome.received)
         assert found.peak_extra_bytes == (0 if made.mirrored else 2000)
