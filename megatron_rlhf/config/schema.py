@@ -373,6 +373,23 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The machines that a plan is made for, an H100's by default; a run itself asks the machine it is on.
+
+    Rank r is on node r // `node`; speeds are one way, of one GPU.
+    """
+
+    node: int = 8
+    """GPUs a node."""
+    nvlink: float = 450e9
+    """Bytes a second to the other GPUs of its node."""
+    nic: float = 50e9
+    """Bytes a second to other nodes."""
+    memory: float = 80e9
+    """Bytes of memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -410,3 +427,5 @@ class Config:
     """Evaluation."""
     checkpoint: Checkpoint
     """Saving and resuming."""
+    cluster: Cluster = field(default_factory=Cluster)
+    """What a plan is made for."""
