@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.models.names import EMBEDDING, Entry
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel.collectives import device
+from megatron_rlhf.parallel.collectives import device, gather_objects
 from megatron_rlhf.parallel.grid import TIMEOUT
 from megatron_rlhf.reshard.exchange import Exchange, Staging, exchange, fill
 from megatron_rlhf.reshard.message import Piece, RankPlan
@@ -63,7 +63,7 @@ class Mover:
         With `in_place` the target's shards stay where they are and are copies. `staging` is the size in bytes of each
         of two buffers, which exist where they are needed; with `check` a checksum travels with every bucket. Tensors
         in `fresh` keep their weights. Raises RuntimeError naming tensors that have no source, are not alike, or of
-        which the plan does not bring all. Collective: the ranks of `planned.component`.
+        which the plan does not bring all. Collective: world.
         """
         if staging < _LEAST:
             raise BadInput(f"staging={staging} is too small for a bucket; write for example staging={_USUAL}")
@@ -120,9 +120,9 @@ class Mover:
 
     def _prepared(self, planned: RankPlan, size: int, check: bool) -> list[Exchange]:
         """The exchanges of all rounds, each with the half of the staging buffers that is its turn."""
-        if not planned.rounds:
+        group = _group(planned.component)
+        if group is None:
             return []
-        group = _connected(planned.component)
         meetings = list(self._meetings(planned, size))
         outgoing = Staging([sends for *_, sends, _ in meetings])
         incoming = Staging([receives for *_, receives in meetings])
@@ -196,11 +196,22 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
+def _group(component: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """The group of this rank's component, None where it has none. Collective: world.
+
+    All ranks make all groups, as elsewhere: torch names a group that its members make alone by how many each of them
+    is in (2.13 distributed_c10d.py:5467), which differs from rank to rank, and they would wait for one another for ever.
+    """
+    groups = {ranks: _connected(ranks) for ranks in sorted(set(gather_objects(component))) if ranks}
+    return groups.get(component)
+
+
 @cache
-def _connected(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A group of these ranks, made by them alone; it has communicated, as NCCL asks before a part of it may."""
-    group = dist.new_group(list(ranks), timeout=TIMEOUT, use_local_synchronization=True)
-    assert group is not None
+def _connected(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """A group that has communicated, as NCCL asks before some of its ranks may send to each other."""
+    group = dist.new_group(list(ranks), timeout=TIMEOUT)
+    if dist.get_rank() not in ranks:
+        return None
     dist.all_reduce(torch.zeros(1, device=device()), group=group)
     return group
 

@@ -22,7 +22,7 @@ def planned(source, target):
         specs(target.model, target.rows, scalar=target.scalar), target.grid.layout)[dist.get_rank()]
 
 
-@on_grid(4)
+@on_grid(4, timeout=40)
 @pytest.mark.parametrize("pair", [("tp2 pp2", "tp2 dp2"), ("tp2 pp2", "pp4"), ("pp2 dp2 order=tp-pp-dp", "tp4"), ("tp1 pp2 @0-1", "tp2 @2-3"), ("pp2 vp2 dp2", "tp2 pp2"), ("tp4", "tp1 @0-0")])
 def test_pairs(pair):
     for style in tiny.STYLES:
