@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rlhf.parallel.collectives import device
 from megatron_rlhf.reshard.storage import Bucket
 
-_ALIGNED = 256
+ALIGNED = 256
 """Bytes that the halves of a staging buffer are a multiple of."""
 
 
@@ -75,7 +75,7 @@ class Staging:
     def __init__(self, buckets: Iterable[Bucket | None]) -> None:
         """Allocate what the longest of them needs, nothing where all travel from where they lie."""
         longest = max((bucket.bytes for bucket in buckets if bucket and bucket.whole is None), default=0)
-        self.half = -(-longest // _ALIGNED) * _ALIGNED
+        self.half = -(-longest // ALIGNED) * ALIGNED
         self.buffer = torch.empty(2 * self.half, dtype=torch.uint8, device=device())
 
     def side(self, bucket: Bucket | None, turn: int, check: bool) -> Side | None:
@@ -110,12 +110,12 @@ def exchange(
 def fill(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source into the target of the same place and shape, without a call of Python for each."""
     if targets:
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def checksum(bucket: Bucket) -> int:
     """The CRC-32 of the bucket's bytes where they lie."""
     value = 0
     for part in bucket.parts:
-        value = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).cpu().numpy(), value)
+        value = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).cpu().numpy().data, value)
     return value
