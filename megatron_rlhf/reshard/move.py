@@ -101,21 +101,26 @@ class Mover:
         self.source.verify()
         self.target.verify()
         fill(self._to, self._from)
+        faults = [fault for fault in self._exchanged() if fault]
+        if device().type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        if faults:
+            raise RuntimeError("; ".join(faults))
+        return self._moved(time.perf_counter() - start)
+
+    def _exchanged(self) -> Iterator[str]:
+        """What is wrong with each exchange; one is packed and one put into place while another travels."""
         before: tuple[Exchange, list[dist.Work]] | None = None
-        # one bucket is packed and one put into place while another travels
         for each in self.exchanges:
             if before is not None and each.waits:
-                before[0].land(before[1])
+                yield before[0].land(before[1])
                 before = None
             works = each.start()
             if before is not None:
-                before[0].land(before[1])
+                yield before[0].land(before[1])
             before = each, works
         if before is not None:
-            before[0].land(before[1])
-        if device().type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return self._moved(time.perf_counter() - start)
+            yield before[0].land(before[1])
 
     def _moved(self, seconds: float) -> Moved:
         sent = [each.send for each in self.exchanges if each.send]
