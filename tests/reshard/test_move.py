@@ -24,7 +24,7 @@ from megatron_rlhf.config.schema import Model
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.models import names
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel.collectives import any_rank, total
+from megatron_rlhf.parallel.collectives import any_rank, gather_objects, total
 from megatron_rlhf.recipes import losses
 from megatron_rlhf.reshard import move
 from megatron_rlhf.reshard.message import RankPlan
@@ -37,7 +37,7 @@ from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
 from tests.helpers.naive_plan import naive
 
-PLANNERS = ("real", "naive")
+PLANNERS = ("real", "naive", "nodes of 2")
 UNTIED = replace(tiny.MODEL, tied=False)
 BF16 = replace(tiny.LLAMA, precision="bf16")
 SMOOTH = replace(tiny.MODEL, hidden=128)
@@ -121,7 +121,10 @@ def switches(
 @on_grid(4)
 @pytest.mark.parametrize(("words", "targets", "model"), PAIRS, ids=[pair[0] for pair in PAIRS])
 def test_every_switch_is_bit_equal(words: str, targets: list[str], model: Model) -> None:
-    """Every rank of the target holds its slice of the main weights, replicas and tied copies too."""
+    """Every rank of the target holds its slice of the main weights, replicas and tied copies too, whoever plans.
+
+    With two GPUs a node, ranks pull parts of what their node needs and hand them on.
+    """
     switches(words, targets, model)
 
 
@@ -145,7 +148,7 @@ def test_two_ranks(words: str, target: str) -> None:
     ],
 )
 def test_eight_ranks(words: str, targets: list[str], model: Model) -> None:
-    """As on four; with two GPUs a node ranks pull parts of what their node needs and hand them on to each other."""
+    """As on four."""
     switches(words, targets, model, planners=("real", "nodes of 2"))
 
 
@@ -231,6 +234,40 @@ def test_bytes_are_those_of_the_plan() -> None:
     moved = Mover(role.network, target, planned(role.network, target)).run()
     assert moved.received + moved.kept == sum(parameter.nbytes for parameter in target.parameters.values())
     assert total(moved.received) == total(moved.sent) > 0
+
+
+@on_grid(4)
+def test_what_was_brought_is_handed_on() -> None:
+    """A relayed round sends what came in the round before it, however few buckets lie between."""
+    role = tiny.engine("tp2 pp2", rate=0.01)
+    for staging in (1024, 1 << 20):
+        target = tiny.network("dp4", seed=77)
+        plan = planned(role.network, target, "nodes of 2")
+        assert [each.relayed for each in plan.rounds] == sorted(each.relayed for each in plan.rounds)
+        assert plan.rounds[-1].relayed
+        mover = Mover(role.network, target, plan, staging=staging)
+        assert sum(each.waits for each in mover.exchanges) == sum(each.relayed for each in plan.rounds)
+        mover.run()
+        expected = another_step(role, staging)
+        mover.run()
+        assert arrived(target, expected)
+
+
+@on_grid(4)
+def test_a_copy_is_independent() -> None:
+    """`copy` writes where the target's shards are, even of a role that learns, and shares no memory with the source;
+    it tells the most bytes that a rank received."""
+    role, other = tiny.engine("tp2 pp2", rate=0.01), tiny.engine("tp2 dp2", seed=77)
+    before = another_step(role, 0)
+    places = {name: parameter.data_ptr() for name, parameter in other.network.parameters.items()}
+    received = move.copy(role.network, other.network)
+    kept = planned(role.network, other.network).aliased
+    mine = sum(parameter.nbytes for name, parameter in other.network.parameters.items() if name not in kept)
+    assert received == max(gather_objects(mine)) > 0
+    assert move.copy(role.network, tiny.network("tp2 pp2", seed=78)) == 0
+    another_step(role, 1)
+    assert arrived(other.network, before)
+    assert places == {name: parameter.data_ptr() for name, parameter in other.network.parameters.items()}
 
 
 @on_grid(4)
