@@ -18,11 +18,13 @@ import torch.distributed as dist
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.models.names import EMBEDDING, Entry
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel.collectives import device
+from megatron_rlhf.parallel.collectives import device, gather_objects
 from megatron_rlhf.parallel.grid import TIMEOUT
-from megatron_rlhf.reshard.exchange import Exchange, Staging, exchange, fill
+from megatron_rlhf.reshard.exchange import ALIGNED, Exchange, Staging, exchange, fill
 from megatron_rlhf.reshard.message import Piece, RankPlan
-from megatron_rlhf.reshard.storage import Bucket, Storage, flatten
+from megatron_rlhf.reshard.plan import plan
+from megatron_rlhf.reshard.storage import Bucket, Storage, flatten, tensors
+from megatron_rlhf.reshard.topology import Cluster
 
 _VOCABULARY = (EMBEDDING, "output_layer.weight")
 """Tensors of a row a token, of which networks pad more or fewer."""
@@ -44,7 +46,8 @@ class Moved:
 class Mover:
     """Brings a source network's weights into a target network as one plan says, any number of times.
 
-    All is prepared once: a move allocates nothing. `flat` are the buffers that hold the target's weights, by dtype.
+    All is prepared once: a move allocates nothing. `flat` holds the target's weights by dtype, `buffers` are the two
+    for staging and `exchanges` what a move sends and receives, in order.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Mover:
         With `in_place` the target's shards stay where they are and are copies. `staging` is the size in bytes of each
         of two buffers, which exist where they are needed; with `check` a checksum travels with every bucket. Tensors
         in `fresh` keep their weights. Raises RuntimeError naming tensors that have no source, are not alike, or of
-        which the plan does not bring all. Collective: the ranks of `planned.component`.
+        which the plan does not bring all. Collective: world.
         """
         if staging < _LEAST:
             raise BadInput(f"staging={staging} is too small for a bucket; write for example staging={_USUAL}")
@@ -77,7 +80,15 @@ class Mover:
         self._from = [self.source.view(piece) for piece in planned.copied]
         self._to = [self.target.view(piece) for piece in planned.copied]
         self._kept = sum(tensor.nbytes for tensor in (*lent.values(), *self._to))
-        self._exchanges = self._prepared(planned, staging // 2, check)
+        meetings = list(self._meetings(planned, staging // (2 * ALIGNED) * ALIGNED))
+        outgoing = Staging([sends for *_, sends, _ in meetings])
+        incoming = Staging([receives for *_, receives in meetings])
+        self.buffers = outgoing.buffer, incoming.buffer
+        group = _group(planned.component)
+        self.exchanges = [
+            exchange(peer, group, waits, outgoing.side(sends, turn, check), incoming.side(receives, turn, check))
+            for turn, (peer, waits, sends, receives) in enumerate(meetings)
+        ]
 
     @torch.no_grad()
     def run(self) -> Moved:
@@ -90,25 +101,30 @@ class Mover:
         self.source.verify()
         self.target.verify()
         fill(self._to, self._from)
+        faults = [fault for fault in self._exchanged() if fault]
+        if device().type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        if faults:
+            raise RuntimeError("; ".join(faults))
+        return self._moved(time.perf_counter() - start)
+
+    def _exchanged(self) -> Iterator[str]:
+        """What is wrong with each exchange; one is packed and one put into place while another travels."""
         before: tuple[Exchange, list[dist.Work]] | None = None
-        # one bucket is packed and one put into place while another travels
-        for each in self._exchanges:
+        for each in self.exchanges:
             if before is not None and each.waits:
-                before[0].land(before[1])
+                yield before[0].land(before[1])
                 before = None
             works = each.start()
             if before is not None:
-                before[0].land(before[1])
+                yield before[0].land(before[1])
             before = each, works
         if before is not None:
-            before[0].land(before[1])
-        if device().type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return self._moved(time.perf_counter() - start)
+            yield before[0].land(before[1])
 
     def _moved(self, seconds: float) -> Moved:
-        sent = [each.send for each in self._exchanges if each.send]
-        received = [each.receive for each in self._exchanges if each.receive]
+        sent = [each.send for each in self.exchanges if each.send]
+        received = [each.receive for each in self.exchanges if each.receive]
         staged = sum(side.through for side in (*sent, *received))
         return Moved(
             sum(side.buffer.nbytes for side in received),
@@ -118,20 +134,8 @@ class Mover:
             seconds,
         )
 
-    def _prepared(self, planned: RankPlan, size: int, check: bool) -> list[Exchange]:
-        """The exchanges of all rounds, each with the half of the staging buffers that is its turn."""
-        if not planned.rounds:
-            return []
-        group = _connected(planned.component)
-        meetings = list(self._meetings(planned, size))
-        outgoing = Staging([sends for *_, sends, _ in meetings])
-        incoming = Staging([receives for *_, receives in meetings])
-        return [
-            exchange(peer, group, waits, outgoing.side(sends, turn, check), incoming.side(receives, turn, check))
-            for turn, (peer, waits, sends, receives) in enumerate(meetings)
-        ]
-
     def _meetings(self, planned: RankPlan, size: int) -> Iterator[tuple[int, bool, Bucket | None, Bucket | None]]:
+        """Peer, whether to wait first, and the buckets of every exchange of all rounds."""
         for each in planned.rounds:
             origin = self.target if each.relayed else self.source
             sides = zip_longest(origin.buckets(each.send, size), self.target.buckets(each.receive, size))
@@ -196,33 +200,48 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
+def _group(component: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """The group of this rank's component, None where it has none. Collective: world.
+
+    All ranks make all groups, as elsewhere: torch names a group that its members make alone by how many each of them
+    is in (2.13 distributed_c10d.py:5467), which differs between ranks, and they would wait for each other for ever.
+    """
+    groups = {ranks: _connected(ranks) for ranks in sorted(set(gather_objects(component))) if ranks}
+    return groups.get(component)
+
+
 @cache
-def _connected(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A group of these ranks, made by them alone; it has communicated, as NCCL asks before a part of it may."""
-    group = dist.new_group(list(ranks), timeout=TIMEOUT, use_local_synchronization=True)
-    assert group is not None
+def _connected(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """A group that has communicated, as NCCL asks before some of its ranks may send to each other."""
+    group = dist.new_group(list(ranks), timeout=TIMEOUT)
+    if dist.get_rank() not in ranks:
+        return None
     dist.all_reduce(torch.zeros(1, device=device()), group=group)
     return group
 
 
-@torch.no_grad()
 def copy(source: Network, target: Network, *, fresh: tuple[str, ...] = ()) -> int:
     """Fill every tensor of `target` from the tensor of the same name in `source`; the bytes a rank received at most.
 
-    Tensors named in `fresh` (a new head) keep their initial weights. Raises RuntimeError naming the tensors that have
-    no source, or whose shape or dtype differs: nothing is ever silently left as it was. Collective: world.
+    The target's shards stay where they are. Tensors named in `fresh` (a new head) keep their initial weights. Raises
+    RuntimeError naming the tensors that have no source, or whose shape or dtype differs: nothing is ever silently left
+    as it was. Collective: world.
     """
     alike(source, target, fresh)
-    received = 0
-    for name, entry in target.directory.items():
-        if name in fresh:
-            continue
-        gathered = _gathered(source.parameters.get(name), source.directory[name])
-        received += gathered.numel() * gathered.element_size()
-        parameter = target.parameters.get(name)
-        if parameter is not None:
-            parameter.copy_(entry.split.part(gathered, target.grid.layout.tp, target.grid.tp_rank))
-    return received
+    mover = Mover(source, target, between(source, target, fresh=fresh), fresh=fresh, in_place=True)
+    most = torch.tensor(mover.run().received, device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def between(
+    source: Network, target: Network, cluster: Cluster | None = None, *, fresh: tuple[str, ...] = ()
+) -> RankPlan:
+    """What this rank does to bring the weights of one network into another."""
+    sides = [(tuple(tensors(network).values()), network.grid.layout) for network in (source, target)]
+    whole = plan(*sides[0], *sides[1], cluster or Cluster(), fresh=fresh)
+    rank = dist.get_rank()
+    return whole.rank(rank) if rank < whole.world else RankPlan(rank, (), (), (), ())
 
 
 @torch.no_grad()
