@@ -1,24 +1,139 @@
-"""The switch between the train and the generate phase: the only thing that moves the policy's weights."""
+"""The switch between the train and the generate phase: the only thing that moves the policy's weights or offloads them.
+
+A phase: the weights are gathered over replicas, gradients freed, optimizer state parked where asked; weights move and
+are proved; all ranks agree on their version, and only then a token may be drawn. Going back moves no weights.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+import torch
 
 from megatron_rlhf.generate.engine import Generator
+from megatron_rlhf.models import decode
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel.collectives import agree
-from megatron_rlhf.reshard import move
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.reshard import proof
+from megatron_rlhf.reshard.move import Moved
 from megatron_rlhf.train.engine import Engine
+from megatron_rlhf.train.offload import Offload
+
+
+class State(Enum):
+    """What the generate network holds: nothing of use, weights that are still coming, or those of one version."""
+
+    EMPTY = auto()
+    LOADING = auto()
+    READY = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One switch: seconds until all ranks were ready, bytes received by the rank that receives most and the least that
+    any plan needs, and bytes of memory allocated beside the two networks."""
+
+    seconds: float
+    bytes: int
+    bound: int
+    peak_extra: int
+
+
+class Moving(Protocol):
+    """What brings the policy's weights into the generate network: a Mover."""
+
+    extra: int
+    """Bytes it keeps allocated beside the two networks."""
+
+    def run(self) -> Moved:
+        """Move them. Collective: world."""
+
+
+class Bridge:
+    """The policy, the network that generates for it and what moves weights between them; built once a run.
+
+    `bound` is the least number of bytes a rank must receive. With `proven` every switch ends in a proof that all
+    weights have arrived; with `park` the optimizer's state waits on the host meanwhile.
+    """
+
+    def __init__(
+        self, policy: Engine, network: Network, mover: Moving, *, bound: int = 0, proven: bool = True, park: bool = False
+    ) -> None:
+        """Nothing is moved yet."""
+        self.policy = policy
+        self.network = network
+        self.state = State.EMPTY
+        self.version = -1
+        self.cost: Cost | None = None
+        self._mover, self._bound, self._proven = mover, bound, proven
+        self._offload = Offload(policy, state=park)
+
+    def load(self) -> None:
+        """READY: the generate network holds the policy's weights after its last update, and all ranks say so.
+
+        Raises RuntimeError, and moves nothing, where gradients are accumulated or other weights are in the policy's
+        place; where ranks have made different numbers of updates, naming them; where weights did not arrive, naming
+        them. Collective: world.
+        """
+        if self.state is not State.EMPTY:
+            raise RuntimeError("the policy is generating already; leave the other `with generating(...)` first")
+        self.policy.present()
+        start = time.perf_counter()
+        self._offload.start()
+        self.state = State.LOADING
+        try:
+            moved = self._move()
+        except BaseException:
+            self.unload()
+            raise
+        self.state, self.version = State.READY, self.policy.updates
+        self.cost = self._counted(moved, time.perf_counter() - start)
+
+    def unload(self) -> None:
+        """EMPTY: caches are freed, the policy can learn again. No weights move."""
+        self.state, self.version = State.EMPTY, -1
+        decode.drop(self.network)
+        self._offload.restore()
+
+    def ready(self) -> None:
+        """Returns where the policy's present weights are there; raises RuntimeError where they are not."""
+        if self.state is not State.READY:
+            raise RuntimeError(
+                f"the generate network is {self.state.name}: use a generator inside its `with generating(...)` alone"
+            )
+        if self.version != self.policy.updates:
+            raise RuntimeError(
+                f"the generate network holds the weights of update {self.version}, the policy has made "
+                f"{self.policy.updates}; leave and enter `generating` again"
+            )
+
+    def _move(self) -> Moved:
+        if self.policy.optimizer is not None:
+            self.policy.optimizer.sync()
+        moved = self._mover.run()
+        self._offload.finish()
+        if self._proven:
+            proof.same(self.policy.network, self.network)
+        collectives.agree(self.policy.updates)
+        return moved
+
+    def _counted(self, moved: Moved, seconds: float) -> Cost:
+        mine = torch.tensor([seconds, moved.received, self._mover.extra], dtype=torch.float64)
+        most = collectives.gather(mine.to(collectives.device())).amax(0).tolist()
+        return Cost(most[0], int(most[1]), self._bound, int(most[2]))
 
 
 @contextmanager
-def generating(policy: Engine, network: Network, *, end: int, rows: int, groups: int = 0) -> Iterator[Generator]:
-    """A generator that holds the policy's present weights in the layout of `network`; going back moves nothing.
-
-    The optimizer's parameter gather has finished when `update` returns, so the weights read here are those of the last
-    step; all ranks agree on its number before a token is drawn. Collective: world.
-    """
-    agree(policy.updates)
-    move.copy(policy.network, network)
-    yield Generator(network, end=end, rows=rows, groups=groups)
+def generating(bridge: Bridge, *, end: int, rows: int, groups: int = 0) -> Iterator[Generator]:
+    """A generator that holds the policy's present weights, to be used inside; whatever happens inside, the policy can
+    learn and the next switch works afterwards. Collective: world."""
+    bridge.load()
+    try:
+        yield Generator(bridge.network, end=end, rows=rows, groups=groups, ready=bridge.ready)
+    finally:
+        bridge.unload()

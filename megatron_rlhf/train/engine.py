@@ -68,7 +68,7 @@ class Engine:
 
     def forward(self, batch: Batch, read: Read | None = None) -> Tensor:
         """What `read` finds for every element of the batch, on every rank, fp32. Collective: world."""
-        self._present()
+        self.present()
         read = read or self.read
         rows = batch.rows
         each = len(rows) // len(batch)
@@ -93,7 +93,7 @@ class Engine:
         """
         if len(batch) == 0:
             return Stats()
-        self._present()
+        self.present()
         stats = Stats()
         self._passes += 1
         if self.network.grid.inside:
@@ -126,7 +126,7 @@ class Engine:
         finite, in fp16 only where a smaller loss scale does not help.
         """
         assert self.learning is not None
-        self._present()
+        self.present()
         rate, found = self.learning.rate * multiplier, torch.zeros(3, dtype=torch.float64, device=device())
         if self.optimizer is not None:
             taken = self.optimizer.step(rate)
@@ -162,7 +162,7 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What a resumed engine needs, as it lies on this rank."""
-        self._present()
+        self.present()
         return {
             "updates": self.updates,
             "followed": self._followed,
@@ -179,7 +179,8 @@ class Engine:
             for shard, saved in zip(self.average.shards, state["average"], strict=True):
                 shard.copy_(saved)
 
-    def _present(self) -> None:
+    def present(self) -> None:
+        """Raises RuntimeError while another role's weights are in the place of these."""
         if self.lent:
             raise RuntimeError("another role's weights are in this role's place; leave its `with resident(role)` first")
 
