@@ -85,9 +85,10 @@ def step(run: Run) -> Stats:
     ppo, seed, clock = run.ppo, run.session.config.seed, run.session.timer
     sampling, end = run.session.config.sampling, run.tokenizer.end
     prompts = run.prompts.take(ppo.episodes)
-    with clock("generate"), generating(
-        run.policy, run.generate, end=end, rows=sampling.batch, groups=sampling.groups
-    ) as generator:
+    with (
+        clock("generate"),
+        generating(run.policy, run.generate, end=end, rows=sampling.batch, groups=sampling.groups) as generator,
+    ):
         rollout = sample(generator, prompts, sampling, seed=seed, iteration=run.iteration)
     with clock("score"):
         rollout = score(rollout, run.reward, ppo)
