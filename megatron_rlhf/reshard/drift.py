@@ -26,9 +26,9 @@ _POSITIONS = 16
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
-def quantiles(train_BR: Tensor, generate_BR: Tensor, mask_BR: Tensor) -> dict[str, float]:
+def quantiles(apart_BR: Tensor, mask_BR: Tensor) -> dict[str, float]:
     """p50, p90, p99 and max of |Δ log-prob| over the tokens in the mask; 0 where there is none."""
-    apart = (train_BR - generate_BR[:, : train_BR.shape[1]]).abs()[mask_BR > 0].double()
+    apart = apart_BR[mask_BR > 0].double()
     if not len(apart):
         return dict.fromkeys(_QUANTILES, 0.0)
     ordered = apart.sort().values

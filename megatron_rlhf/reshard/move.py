@@ -77,6 +77,8 @@ class Mover:
         self._from = [self.source.view(piece) for piece in planned.copied]
         self._to = [self.target.view(piece) for piece in planned.copied]
         self._kept = sum(tensor.nbytes for tensor in (*lent.values(), *self._to))
+        self.extra = 0
+        """Bytes of the staging buffers."""
         self._exchanges = self._prepared(planned, staging // 2, check)
 
     @torch.no_grad()
@@ -126,6 +128,7 @@ class Mover:
         meetings = list(self._meetings(planned, size))
         outgoing = Staging([sends for *_, sends, _ in meetings])
         incoming = Staging([receives for *_, receives in meetings])
+        self.extra = outgoing.buffer.nbytes + incoming.buffer.nbytes
         return [
             exchange(peer, group, waits, outgoing.side(sends, turn, check), incoming.side(receives, turn, check))
             for turn, (peer, waits, sends, receives) in enumerate(meetings)

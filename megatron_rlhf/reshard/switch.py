@@ -15,12 +15,18 @@ from typing import Protocol
 
 import torch
 
+from megatron_rlhf.config import env
+from megatron_rlhf.config.schema import Reshard
 from megatron_rlhf.generate.engine import Generator
 from megatron_rlhf.models import decode
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.reshard import proof
-from megatron_rlhf.reshard.move import Moved
+from megatron_rlhf.reshard.layout import specs
+from megatron_rlhf.reshard.message import RankPlan
+from megatron_rlhf.reshard.move import Moved, Mover
+from megatron_rlhf.reshard.plan import plan
+from megatron_rlhf.reshard.topology import Cluster
 from megatron_rlhf.train.engine import Engine
 from megatron_rlhf.train.offload import Offload
 
@@ -126,6 +132,31 @@ class Bridge:
         mine = torch.tensor([seconds, moved.received, self._mover.extra], dtype=torch.float64)
         most = collectives.gather(mine.to(collectives.device())).amax(0).tolist()
         return Cost(most[0], int(most[1]), self._bound, int(most[2]))
+
+
+def cluster(settings: Reshard) -> Cluster:
+    """The machines as the settings, else the launcher, describe them."""
+    node = settings.node or env.local_world_size()
+    return Cluster(node=node) if node else Cluster()
+
+
+def build(policy: Engine, network: Network, settings: Reshard) -> Bridge:
+    """The bridge between a policy that learns and the network that is to generate for it. Collective: world."""
+    ends, rank = (policy.network, network), collectives.rank()
+    tensors = [specs(end.model, end.rows, scalar=end.scalar) for end in ends]
+    planned = plan(tensors[0], ends[0].grid.layout, tensors[1], ends[1].grid.layout, cluster(settings))
+    collectives.agree(int(planned.sha256[:15], 16))
+    mine = planned.rank(rank) if rank < planned.world else RankPlan(rank, (), (), (), ())
+    half = settings.staging_mb << 19
+    mover = Mover(*ends, mine, staging=half, check=settings.check)
+    return Bridge(
+        policy,
+        network,
+        mover,
+        bound=planned.summary(half).recv_bound_max,
+        proven=settings.proof == "always",
+        park=settings.park_optimizer,
+    )
 
 
 @contextmanager
