@@ -217,7 +217,8 @@ def _loaded(run: Session, network: Network, stage: str) -> Network:
 
 def _publish(run: Run, last: dict[str, float]) -> None:
     """Write the weights that evaluation reads, the average or the live ones, and say which. Collective: world."""
-    folder, extra = run.session.weights(STAGE), {"iterations": run.iteration, "checks": run.checks, "last": last, "reshard": switched(run)}
+    folder = run.session.weights(STAGE)
+    extra = {"iterations": run.iteration, "checks": run.checks, "last": last, "reshard": switched(run)}
     if run.ppo.evaluate_average:
         with run.policy.averaged():
             weights.save(run.policy.network, folder, {"which": "average", **extra})

@@ -86,9 +86,7 @@ class Session:
         """The layout that `words` name in this world."""
         return Layout.parse(words, collectives.world_size())
 
-    def network(
-        self, model: Model, layout: Layout | str, *, scalar: bool = False, dropout: float = 0.0
-    ) -> Network:
+    def network(self, model: Model, layout: Layout | str, *, scalar: bool = False, dropout: float = 0.0) -> Network:
         """A network of `model` under `layout`, or the words of one, with its initial weights. Collective: world."""
         return transformer.build(
             model,

@@ -93,7 +93,9 @@ class Staging:
         return Side(bucket, buffer, tuple(staged), sums)
 
 
-def exchange(peer: int, group: dist.ProcessGroup, waits: bool, send: Side | None, receive: Side | None) -> Exchange:
+def exchange(
+    peer: int, group: dist.ProcessGroup | None, waits: bool, send: Side | None, receive: Side | None
+) -> Exchange:
     """The exchange with its operations: at most a bucket and a checksum each way."""
     operations = [
         dist.P2POp(operation, tensor, peer, group)

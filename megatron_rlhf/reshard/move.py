@@ -44,7 +44,8 @@ class Moved:
 class Mover:
     """Brings a source network's weights into a target network as one plan says, any number of times.
 
-    All is prepared once: a move allocates nothing. `flat` are the buffers that hold the target's weights, by dtype.
+    All is prepared once: a move allocates nothing. `flat` holds the target's weights by dtype, `buffers` are the two
+    for staging and `exchanges` what a move sends and receives, in order.
     """
 
     def __init__(
@@ -77,9 +78,15 @@ class Mover:
         self._from = [self.source.view(piece) for piece in planned.copied]
         self._to = [self.target.view(piece) for piece in planned.copied]
         self._kept = sum(tensor.nbytes for tensor in (*lent.values(), *self._to))
-        self.extra = 0
-        """Bytes of the staging buffers."""
-        self._exchanges = self._prepared(planned, staging // 2, check)
+        meetings = list(self._meetings(planned, staging // 2))
+        outgoing = Staging([sends for *_, sends, _ in meetings])
+        incoming = Staging([receives for *_, receives in meetings])
+        self.buffers = outgoing.buffer, incoming.buffer
+        group = _group(planned.component)
+        self.exchanges = [
+            exchange(peer, group, waits, outgoing.side(sends, turn, check), incoming.side(receives, turn, check))
+            for turn, (peer, waits, sends, receives) in enumerate(meetings)
+        ]
 
     @torch.no_grad()
     def run(self) -> Moved:
@@ -94,7 +101,7 @@ class Mover:
         fill(self._to, self._from)
         before: tuple[Exchange, list[dist.Work]] | None = None
         # one bucket is packed and one put into place while another travels
-        for each in self._exchanges:
+        for each in self.exchanges:
             if before is not None and each.waits:
                 before[0].land(before[1])
                 before = None
@@ -109,8 +116,8 @@ class Mover:
         return self._moved(time.perf_counter() - start)
 
     def _moved(self, seconds: float) -> Moved:
-        sent = [each.send for each in self._exchanges if each.send]
-        received = [each.receive for each in self._exchanges if each.receive]
+        sent = [each.send for each in self.exchanges if each.send]
+        received = [each.receive for each in self.exchanges if each.receive]
         staged = sum(side.through for side in (*sent, *received))
         return Moved(
             sum(side.buffer.nbytes for side in received),
@@ -120,21 +127,8 @@ class Mover:
             seconds,
         )
 
-    def _prepared(self, planned: RankPlan, size: int, check: bool) -> list[Exchange]:
-        """The exchanges of all rounds, each with the half of the staging buffers that is its turn."""
-        group = _group(planned.component)
-        if group is None:
-            return []
-        meetings = list(self._meetings(planned, size))
-        outgoing = Staging([sends for *_, sends, _ in meetings])
-        incoming = Staging([receives for *_, receives in meetings])
-        self.extra = outgoing.buffer.nbytes + incoming.buffer.nbytes
-        return [
-            exchange(peer, group, waits, outgoing.side(sends, turn, check), incoming.side(receives, turn, check))
-            for turn, (peer, waits, sends, receives) in enumerate(meetings)
-        ]
-
     def _meetings(self, planned: RankPlan, size: int) -> Iterator[tuple[int, bool, Bucket | None, Bucket | None]]:
+        """Peer, whether to wait first, and the buckets of every exchange of all rounds."""
         for each in planned.rounds:
             origin = self.target if each.relayed else self.source
             sides = zip_longest(origin.buckets(each.send, size), self.target.buckets(each.receive, size))

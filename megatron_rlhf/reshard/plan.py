@@ -25,6 +25,8 @@ from megatron_rlhf.reshard.routes import routes
 from megatron_rlhf.reshard.shares import ANY, Share, intersection, shares, stages
 from megatron_rlhf.reshard.topology import OUTSIDE, Cluster, Ints, Seats
 
+_H100 = Cluster()
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -149,7 +151,7 @@ class Plan:
 
 def plan(
     source_tensors: Sequence[TensorSpec], source: Layout, target_tensors: Sequence[TensorSpec], target: Layout,
-    cluster: Cluster = Cluster(), *, fresh: Sequence[str] = (),
+    cluster: Cluster = _H100, *, fresh: Sequence[str] = (),
 ) -> Plan:  # fmt: skip
     """The plan that moves `source_tensors` under `source` into `target_tensors` under `target`.
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
 
 import torch
 
@@ -50,16 +49,6 @@ class Cost:
     peak_extra: int
 
 
-class Moving(Protocol):
-    """What brings the policy's weights into the generate network: a Mover."""
-
-    extra: int
-    """Bytes it keeps allocated beside the two networks."""
-
-    def run(self) -> Moved:
-        """Move them. Collective: world."""
-
-
 class Bridge:
     """The policy, the network that generates for it and what moves weights between them; built once a run.
 
@@ -68,7 +57,7 @@ class Bridge:
     """
 
     def __init__(
-        self, policy: Engine, network: Network, mover: Moving, *, bound: int = 0, proven: bool = True, park: bool = False
+        self, policy: Engine, network: Network, mover: Mover, *, bound: int = 0, proven: bool = True, park: bool = False
     ) -> None:
         """Nothing is moved yet."""
         self.policy = policy
@@ -129,7 +118,8 @@ class Bridge:
         return moved
 
     def _counted(self, moved: Moved, seconds: float) -> Cost:
-        mine = torch.tensor([seconds, moved.received, self._mover.extra], dtype=torch.float64)
+        extra = sum(buffer.nbytes for buffer in self._mover.buffers)
+        mine = torch.tensor([seconds, moved.received, extra], dtype=torch.float64)
         most = collectives.gather(mine.to(collectives.device())).amax(0).tolist()
         return Cost(most[0], int(most[1]), self._bound, int(most[2]))
 

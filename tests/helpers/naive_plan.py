@@ -30,8 +30,10 @@ def naive(
         for name, wanted in held(target_tensors, target, rank).items():
             spec, mine = origins[name], sources[rank].get(name)
             same = shard_shape(spec, source.tp) == shard_shape(wanted, target.tp)
-            if mine and same and spans(spec, source.tp, place(source, rank)) == spans(
-                wanted, target.tp, place(target, rank)
+            if (
+                mine
+                and same
+                and spans(spec, source.tp, place(source, rank)) == spans(wanted, target.tp, place(target, rank))
             ):
                 aliased[rank].append(name)
                 continue
