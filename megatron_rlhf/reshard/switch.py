@@ -40,8 +40,8 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One switch: seconds until all ranks were ready, bytes received by the rank that receives most and the least that
-    any plan needs, and bytes of memory allocated beside the two networks."""
+    """One switch: seconds from when the last rank came until all were ready, bytes received by the rank that receives
+    most and the least that any plan needs, and bytes of memory allocated beside the two networks."""
 
     seconds: float
     bytes: int
@@ -119,9 +119,9 @@ class Bridge:
 
     def _counted(self, moved: Moved, seconds: float) -> Cost:
         extra = sum(buffer.nbytes for buffer in self._mover.buffers)
-        mine = torch.tensor([seconds, moved.received, extra], dtype=torch.float64)
+        mine = torch.tensor([-seconds, moved.received, extra], dtype=torch.float64)
         most = collectives.gather(mine.to(collectives.device())).amax(0).tolist()
-        return Cost(most[0], int(most[1]), self._bound, int(most[2]))
+        return Cost(-most[0], int(most[1]), self._bound, int(most[2]))
 
 
 def cluster(settings: Reshard) -> Cluster:

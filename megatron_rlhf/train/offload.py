@@ -64,6 +64,7 @@ class Offload:
         self.role = role
         self.state = state
         self.arena = Arena()
+        self._freed: list[tuple[Tensor, int]] = []
         self._parked: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
@@ -79,8 +80,9 @@ class Offload:
             return
         self._parked = self._places() if self.state else []
         optimizer.away = True
-        for stage in optimizer.stages:
-            stage.offload_grad_buffers(synchronize=False, empty_cache=False)
+        self._freed = [(buffer, buffer.nbytes) for buffer in optimizer.gradients()]
+        for buffer, _ in self._freed:
+            buffer.untyped_storage().resize_(0)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -104,8 +106,10 @@ class Offload:
                 storage.resize_(place.numel())
                 _bytes(storage).copy_(place, non_blocking=True)
         self._parked = []
-        for stage in optimizer.stages:
-            stage.restore_grad_buffers(synchronize=False)
+        for buffer, size in self._freed:
+            buffer.untyped_storage().resize_(size)
+            buffer.zero_()
+        self._freed = []
         optimizer.away = False
 
     @torch.no_grad()

@@ -95,6 +95,10 @@ class Optimizer:
             stage.zero_grad_buffer()
         self.inner.zero_grad()
 
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient buffers."""
+        return [buffer.grad_data for stage in self.stages for buffer in stage.buffers + stage.expert_parallel_buffers]
+
     def present(self) -> None:
         """Raises RuntimeError while gradients or state are away from the device."""
         if self.away:

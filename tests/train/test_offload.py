@@ -49,7 +49,7 @@ def state(policy: Engine) -> list[torch.Tensor]:
 def gradients(policy: Engine) -> list[torch.Tensor]:
     """The gradient buffers."""
     assert policy.optimizer is not None
-    return [buffer.grad_data for stage in policy.optimizer.stages for buffer in stage.buffers]
+    return policy.optimizer.gradients()
 
 
 def bits(policy: Engine) -> list[torch.Tensor]:
