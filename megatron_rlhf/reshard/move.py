@@ -20,9 +20,11 @@ from megatron_rlhf.models.names import EMBEDDING, Entry
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import device, gather_objects
 from megatron_rlhf.parallel.grid import TIMEOUT
-from megatron_rlhf.reshard.exchange import Exchange, Staging, exchange, fill
+from megatron_rlhf.reshard.exchange import ALIGNED, Exchange, Staging, exchange, fill
 from megatron_rlhf.reshard.message import Piece, RankPlan
-from megatron_rlhf.reshard.storage import Bucket, Storage, flatten
+from megatron_rlhf.reshard.plan import plan
+from megatron_rlhf.reshard.storage import Bucket, Storage, flatten, tensors
+from megatron_rlhf.reshard.topology import Cluster
 
 _VOCABULARY = (EMBEDDING, "output_layer.weight")
 """Tensors of a row a token, of which networks pad more or fewer."""
@@ -78,7 +80,7 @@ class Mover:
         self._from = [self.source.view(piece) for piece in planned.copied]
         self._to = [self.target.view(piece) for piece in planned.copied]
         self._kept = sum(tensor.nbytes for tensor in (*lent.values(), *self._to))
-        meetings = list(self._meetings(planned, staging // 2))
+        meetings = list(self._meetings(planned, staging // (2 * ALIGNED) * ALIGNED))
         outgoing = Staging([sends for *_, sends, _ in meetings])
         incoming = Staging([receives for *_, receives in meetings])
         self.buffers = outgoing.buffer, incoming.buffer
@@ -99,21 +101,26 @@ class Mover:
         self.source.verify()
         self.target.verify()
         fill(self._to, self._from)
+        faults = [fault for fault in self._exchanged() if fault]
+        if device().type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        if faults:
+            raise RuntimeError("; ".join(faults))
+        return self._moved(time.perf_counter() - start)
+
+    def _exchanged(self) -> Iterator[str]:
+        """What is wrong with each exchange; one is packed and one put into place while another travels."""
         before: tuple[Exchange, list[dist.Work]] | None = None
-        # one bucket is packed and one put into place while another travels
         for each in self.exchanges:
             if before is not None and each.waits:
-                before[0].land(before[1])
+                yield before[0].land(before[1])
                 before = None
             works = each.start()
             if before is not None:
-                before[0].land(before[1])
+                yield before[0].land(before[1])
             before = each, works
         if before is not None:
-            before[0].land(before[1])
-        if device().type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return self._moved(time.perf_counter() - start)
+            yield before[0].land(before[1])
 
     def _moved(self, seconds: float) -> Moved:
         sent = [each.send for each in self.exchanges if each.send]
@@ -197,7 +204,7 @@ def _group(component: tuple[int, ...]) -> dist.ProcessGroup | None:
     """The group of this rank's component, None where it has none. Collective: world.
 
     All ranks make all groups, as elsewhere: torch names a group that its members make alone by how many each of them
-    is in (2.13 distributed_c10d.py:5467), which differs from rank to rank, and they would wait for one another for ever.
+    is in (2.13 distributed_c10d.py:5467), which differs between ranks, and they would wait for each other for ever.
     """
     groups = {ranks: _connected(ranks) for ranks in sorted(set(gather_objects(component))) if ranks}
     return groups.get(component)
@@ -213,24 +220,28 @@ def _connected(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
     return group
 
 
-@torch.no_grad()
 def copy(source: Network, target: Network, *, fresh: tuple[str, ...] = ()) -> int:
     """Fill every tensor of `target` from the tensor of the same name in `source`; the bytes a rank received at most.
 
-    Tensors named in `fresh` (a new head) keep their initial weights. Raises RuntimeError naming the tensors that have
-    no source, or whose shape or dtype differs: nothing is ever silently left as it was. Collective: world.
+    The target's shards stay where they are. Tensors named in `fresh` (a new head) keep their initial weights. Raises
+    RuntimeError naming the tensors that have no source, or whose shape or dtype differs: nothing is ever silently left
+    as it was. Collective: world.
     """
     alike(source, target, fresh)
-    received = 0
-    for name, entry in target.directory.items():
-        if name in fresh:
-            continue
-        gathered = _gathered(source.parameters.get(name), source.directory[name])
-        received += gathered.numel() * gathered.element_size()
-        parameter = target.parameters.get(name)
-        if parameter is not None:
-            parameter.copy_(entry.split.part(gathered, target.grid.layout.tp, target.grid.tp_rank))
-    return received
+    mover = Mover(source, target, between(source, target, fresh=fresh), fresh=fresh, in_place=True)
+    most = torch.tensor(mover.run().received, device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def between(
+    source: Network, target: Network, cluster: Cluster | None = None, *, fresh: tuple[str, ...] = ()
+) -> RankPlan:
+    """What this rank does to bring the weights of one network into another."""
+    sides = [(tuple(tensors(network).values()), network.grid.layout) for network in (source, target)]
+    whole = plan(*sides[0], *sides[1], cluster or Cluster(), fresh=fresh)
+    rank = dist.get_rank()
+    return whole.rank(rank) if rank < whole.world else RankPlan(rank, (), (), (), ())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -22,17 +23,19 @@ from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
 from megatron_rlhf.models import names
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel.collectives import any_rank, total
+from megatron_rlhf.parallel.collectives import any_rank, gather_objects, total
 from megatron_rlhf.recipes import losses
-from megatron_rlhf.reshard.layout import specs
+from megatron_rlhf.reshard import move
 from megatron_rlhf.reshard.message import RankPlan
 from megatron_rlhf.reshard.move import Mover
-from megatron_rlhf.reshard.storage import check
+from megatron_rlhf.reshard.storage import check, tensors
+from megatron_rlhf.reshard.topology import Cluster
 from megatron_rlhf.train.engine import Engine
 from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
 from tests.helpers.naive_plan import naive
 
+PLANNERS = ("real", "naive", "nodes of 2")
 UNTIED = replace(tiny.MODEL, tied=False)
 BF16 = replace(tiny.LLAMA, precision="bf16")
 SMOOTH = replace(tiny.MODEL, hidden=128)
@@ -41,16 +44,18 @@ PAIRS: list[tuple[str, list[str], Model]] = [
     ("tp2 pp2", ["tp2 dp2", "tp4", "pp2 dp2 order=tp-pp-dp", "dp4"], tiny.MODEL),
     ("pp2 vp2 dp2", ["tp2 pp2", "pp2 vp2 dp2 order=tp-pp-dp"], tiny.MODEL),
     ("tp2 dp2 sp", ["pp4", tiny.ONE], UNTIED),
-    ("tp4", ["tp1 pp2 dp2", "tp2 pp2 order=tp-pp-dp"], tiny.LLAMA),
-    ("tp2 pp2 vp2", ["dp4", "tp4"], BF16),
+    ("tp4", ["tp1 pp2 dp2", "tp2 pp2 order=tp-pp-dp"], BF16),
+    ("tp2 pp2 vp2", ["dp4", "tp4"], tiny.LLAMA),
     ("tp2 @0-1", ["pp2 @2-3", "tp2 @2-3", "tp1 pp2 dp2"], tiny.MODEL),
 ]
 
 
-def planned(source: Network, target: Network) -> RankPlan:
-    """This rank's part of the plan from the one network to the other."""
-    sides = ((specs(side.model, side.rows, scalar=side.scalar), side.grid.layout) for side in (source, target))
-    return naive(*next(sides), *next(sides))[dist.get_rank()]
+def planned(source: Network, target: Network, planner: str = "real") -> RankPlan:
+    """This rank's part of the plan from the one network to the other, by the planner of that name."""
+    if planner != "naive":
+        return move.between(source, target, Cluster(node=2) if planner == "nodes of 2" else None)
+    sides = [(tuple(tensors(side).values()), side.grid.layout) for side in (source, target)]
+    return naive(*sides[0], *sides[1])[dist.get_rank()]
 
 
 def arrived(target: Network, expected: tiny.Tensors) -> bool:
@@ -84,13 +89,20 @@ def trained(words: str) -> Engine:
     return role
 
 
-def switches(words: str, targets: Sequence[str], model: Model, *, rows: int = tiny.PADDED) -> None:
+def switches(
+    words: str,
+    targets: Sequence[str],
+    model: Model,
+    *,
+    planners: Sequence[str] = ("real", "naive"),
+    rows: int = tiny.PADDED,
+) -> None:
     """Three moves, each after an optimizer step, into every target; staging is so small that most tensors are cut."""
     role = tiny.engine(words, model=model, rate=0.01)
     movers = []
-    for number, target_words in enumerate(targets):
+    for number, (target_words, planner) in enumerate(product(targets, planners)):
         target = tiny.network(target_words, model, seed=77, rows=rows)
-        plan = planned(role.network, target)
+        plan = planned(role.network, target, planner)
         movers.append((target, Mover(role.network, target, plan, staging=4096, check=number % 2 == 1)))
     for number in range(3):
         expected = another_step(role, number)
@@ -107,7 +119,10 @@ def switches(words: str, targets: Sequence[str], model: Model, *, rows: int = ti
 @on_grid(4)
 @pytest.mark.parametrize(("words", "targets", "model"), PAIRS, ids=[pair[0] for pair in PAIRS])
 def test_every_switch_is_bit_equal(words: str, targets: list[str], model: Model) -> None:
-    """Every rank of the target holds its slice of the main weights, replicas and tied copies too."""
+    """Every rank of the target holds its slice of the main weights, replicas and tied copies too, whoever plans.
+
+    With two GPUs a node, ranks pull parts of what their node needs and hand them on.
+    """
     switches(words, targets, model)
 
 
@@ -123,15 +138,16 @@ def test_two_ranks(words: str, target: str) -> None:
 @pytest.mark.parametrize(
     ("words", "targets", "model"),
     [
+        ("tp2 pp4", ["tp4 dp2", "tp1 dp8"], tiny.MODEL),
         ("tp2 pp2 dp2", ["tp2 dp4", "tp4 dp2", "tp1 pp2 dp4"], tiny.MODEL),
-        ("tp4 pp2 order=tp-pp-dp", ["tp2 pp4", "tp2 dp4 order=tp-pp-dp"], tiny.LLAMA),
-        ("tp2 pp2 vp2 dp2", ["tp4 pp2", "tp2 pp2 @4-7"], BF16),
+        ("tp4 pp2 order=tp-pp-dp", ["tp2 pp4", "tp2 dp4 order=tp-pp-dp"], BF16),
+        ("tp2 pp2 vp2 dp2", ["tp4 pp2", "tp2 pp2 @4-7"], UNTIED),
         ("tp2 pp2 @0-3", ["tp4 @4-7", "tp1 pp2 dp2 @4-7"], UNTIED),
     ],
 )
 def test_eight_ranks(words: str, targets: list[str], model: Model) -> None:
     """As on four."""
-    switches(words, targets, model)
+    switches(words, targets, model, planners=("real", "nodes of 2"))
 
 
 @on_grid(12)
@@ -211,11 +227,45 @@ def test_a_move_allocates_nothing() -> None:
 @on_grid(4)
 def test_bytes_are_those_of_the_plan() -> None:
     """Received and kept together are the target's shards, and received by all is what all sent."""
-    role = tiny.engine("pp2 dp2")
-    target = tiny.network("tp2 pp2", seed=77)
+    role = tiny.engine("pp4")
+    target = tiny.network("tp4", seed=77)
     moved = Mover(role.network, target, planned(role.network, target)).run()
     assert moved.received + moved.kept == sum(parameter.nbytes for parameter in target.parameters.values())
     assert total(moved.received) == total(moved.sent) > 0
+
+
+@on_grid(4)
+def test_what_was_brought_is_handed_on() -> None:
+    """A relayed round sends what came in the round before it, however few buckets lie between."""
+    role = tiny.engine("tp2 pp2", rate=0.01)
+    for staging in (1024, 1 << 20):
+        target = tiny.network("dp4", seed=77)
+        plan = planned(role.network, target, "nodes of 2")
+        assert [each.relayed for each in plan.rounds] == sorted(each.relayed for each in plan.rounds)
+        assert plan.rounds[-1].relayed
+        mover = Mover(role.network, target, plan, staging=staging)
+        assert sum(each.waits for each in mover.exchanges) == sum(each.relayed for each in plan.rounds)
+        mover.run()
+        expected = another_step(role, staging)
+        mover.run()
+        assert arrived(target, expected)
+
+
+@on_grid(4)
+def test_a_copy_is_independent() -> None:
+    """`copy` writes where the target's shards are, even of a role that learns, and shares no memory with the source;
+    it tells the most bytes that a rank received."""
+    role, other = tiny.engine("tp2 pp2", rate=0.01), tiny.engine("tp2 dp2", seed=77)
+    before = another_step(role, 0)
+    places = {name: parameter.data_ptr() for name, parameter in other.network.parameters.items()}
+    received = move.copy(role.network, other.network)
+    kept = planned(role.network, other.network).aliased
+    mine = sum(parameter.nbytes for name, parameter in other.network.parameters.items() if name not in kept)
+    assert received == max(gather_objects(mine)) > 0
+    assert move.copy(role.network, tiny.network("tp2 pp2", seed=78)) == 0
+    another_step(role, 1)
+    assert arrived(other.network, before)
+    assert places == {name: parameter.data_ptr() for name, parameter in other.network.parameters.items()}
 
 
 @on_grid(4)
@@ -241,14 +291,12 @@ def test_a_dropped_bucket_is_seen() -> None:
     for checked in (False, True):
         mover = Mover(role.network, target, plan, check=checked)
         mover.run()
-        expected = another_step(role, checked)
+        expected = another_step(role, int(checked))
         if dist.get_rank() == 3:
-            last = mover.exchanges[-1]
-            assert last.receive is not None
-            assert last.receive.staged
-            mover.exchanges[-1] = replace(last, receive=replace(last.receive, staged=()))
+            place, broken = next((n, e) for n, e in enumerate(mover.exchanges) if e.receive and e.receive.staged)
+            mover.exchanges[place] = replace(broken, receive=replace(broken.receive, staged=()))
         if checked and dist.get_rank() == 3:
-            with pytest.raises(RuntimeError, match=rf"what rank {last.peer} sent of .*weight.* is not what rank 3 has"):
+            with pytest.raises(RuntimeError, match=rf"rank {broken.peer} sent of .*weight.* is not what rank 3 has"):
                 mover.run()
         else:
             mover.run()
@@ -294,9 +342,11 @@ def test_shards_that_lie_elsewhere_are_refused() -> None:
     mover.run()
     for side in (source, target):
         name, parameter = next(iter(side.parameters.items()))
-        parameter.data = parameter.data.clone()
+        parameter.data = (before := parameter.data).clone()
         with pytest.raises(RuntimeError, match=f"{name} lies elsewhere"):
             mover.run()
+        parameter.data = before
+        mover.run()
 
 
 @on_grid(4)
@@ -311,11 +361,11 @@ def test_live_modules_are_held_against_their_specs(style: str) -> None:
         (replace(entry, split=names.Split(1)), "split along 1"),
         (replace(entry, split=names.Split(0, 3)), "in 3 blocks"),
         (replace(entry, split=names.Split(None)), "replicated"),
-        (replace(entry, shard_shape=(1, 32)), r"is \(1, 32\)"),
+        (replace(entry, shard_shape=(1, 32)), r"\(1, 32\)"),
         (replace(entry, dtype=torch.bfloat16), "torch.bfloat16"),
     ]
     for wrong, fault in faults:
-        with pytest.raises(RuntimeError, match=f"{fc1} is .*{fault}.* in the model, its spec says"):
+        with pytest.raises(RuntimeError, match=f"{fc1} is .*{fault}.*in the model, its spec says"):
             check(replace(network, directory={**network.directory, fc1: wrong}))
     with pytest.raises(RuntimeError, match=f"differ in {fc1}$"):
         check(replace(network, directory={n: e for n, e in network.directory.items() if n != fc1}))
