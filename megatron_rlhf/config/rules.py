@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from math import gcd
 
@@ -62,6 +62,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
             *("rank.valid_prompts", "ppo.iterations", "ppo.episodes", "ppo.minibatches", "ppo.epochs"),
             *("ppo.pretraining_ratio", "evaluate.prompts"),
             *(f"adam.loss_scale.{count}" for count in ("growth_interval", "hysteresis", "patience")),
+            "cluster.node",
         ),
         "at least 1",
         lambda x: x >= 1,
@@ -126,6 +127,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         lambda x: x >= 0,
         "0",
     ),
+    (("cluster.nvlink", "cluster.nic", "cluster.memory"), "above 0", lambda x: x > 0, "50e9"),
     (("ppo.entropy_coef",), "0: an entropy bonus is not supported", lambda x: x == 0, "0"),
 ]
 
@@ -137,7 +139,15 @@ def check(config: Config, world: int, verb: str = "") -> None:
     """
     failures = [*_words(config), *_bounds(config)]
     # the rules across fields divide by numbers that must first be in their bounds
-    across = (_shapes(config), _lengths(config), _counts(config), _layouts(config, world), _draws(config, verb))
+    across: tuple[Iterator[str], ...]
+    if verb == "plan":  # of a reshard: the other roles and the data have no say
+        across = (_shape("model", config.model), _layouts(config, world, ("policy", "generate")))
+    else:
+        across = (
+            *(_shape(name, getattr(config, name)) for name in _MODELS),
+            *(_tokenizer(config), _lengths(config), _counts(config)),
+            *(_layouts(config, world, tuple(_ROLES)), _draws(config, verb)),
+        )
     failures = failures or [sentence for sentences in across for sentence in sentences]
     if failures:
         head = "" if len(failures) == 1 else f"{len(failures)} settings do not fit:\n  "
@@ -174,31 +184,32 @@ def _draws(config: Config, verb: str) -> Iterator[str]:
                 )
 
 
-def _shapes(config: Config) -> Iterator[str]:
-    for name in _MODELS:
-        model: Model = getattr(config, name)
-        if model.hidden % model.heads:
-            yield (
-                f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
-                f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
-            )
-        elif model.style == "llama" and model.hidden // model.heads % 2:
-            yield (
-                f"{name}.hidden={model.hidden} over {name}.heads={model.heads} gives heads of odd width, which cannot "
-                f"rotate; write for example {name}.hidden={_up(model.hidden, 2 * model.heads)}"
-            )
-        if model.heads % model.groups:
-            yield (
-                f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
-                f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
-            )
-        if model.rope.high <= model.rope.low:
-            yield (
-                f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "
-                f"write for example {name}.rope.high={4 * model.rope.low:g}"
-            )
-        if model.style == "llama" and model.rope.base <= 1:
-            yield f"{name}.rope.base={model.rope.base:g} must be above 1; write for example {name}.rope.base=10000"
+def _shape(name: str, model: Model) -> Iterator[str]:
+    if model.hidden % model.heads:
+        yield (
+            f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
+            f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
+        )
+    elif model.style == "llama" and model.hidden // model.heads % 2:
+        yield (
+            f"{name}.hidden={model.hidden} over {name}.heads={model.heads} gives heads of odd width, which cannot "
+            f"rotate; write for example {name}.hidden={_up(model.hidden, 2 * model.heads)}"
+        )
+    if model.heads % model.groups:
+        yield (
+            f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
+            f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
+        )
+    if model.rope.high <= model.rope.low:
+        yield (
+            f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "
+            f"write for example {name}.rope.high={4 * model.rope.low:g}"
+        )
+    if model.style == "llama" and model.rope.base <= 1:
+        yield f"{name}.rope.base={model.rope.base:g} must be above 1; write for example {name}.rope.base=10000"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
     if config.reward_model.vocabulary != config.model.vocabulary:
         yield (
             f"reward_model.vocabulary={config.reward_model.vocabulary} differs from model.vocabulary="
@@ -274,8 +285,9 @@ def _counts(config: Config) -> Iterator[str]:
             )
 
 
-def _layouts(config: Config, world: int) -> Iterator[str]:
-    for role, model_name in _ROLES.items():
+def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
+    for role in roles:
+        model_name = _ROLES[role]
         words = getattr(config.layout, role)
         try:
             layout = Layout.parse(words, world)

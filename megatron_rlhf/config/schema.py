@@ -391,6 +391,23 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The machines that a plan is made for, an H100's by default; a run itself asks the machine it is on.
+
+    Rank r is on node r // `node`; speeds are one way, of one GPU.
+    """
+
+    node: int = 8
+    """GPUs a node."""
+    nvlink: float = 450e9
+    """Bytes a second to the other GPUs of its node."""
+    nic: float = 50e9
+    """Bytes a second to other nodes."""
+    memory: float = 80e9
+    """Bytes of memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -430,3 +447,5 @@ class Config:
     """The phase switch."""
     checkpoint: Checkpoint
     """Saving and resuming."""
+    cluster: Cluster = field(default_factory=Cluster)
+    """What a plan is made for."""
