@@ -1,9 +1,10 @@
 """Gather, then slice: what most frameworks do, in the best form that keeps the idea.
 
 Inside each replica of the train layout the shards of a layer travel together as one flat buffer: a broadcast over the
-pipeline from the stage that has them, an all-gather over tensor parallelism, and every rank cuts out its part of each
-full tensor. Replicas work at the same time; shapes and owners are known beforehand, buffers are allocated once, no
-Python object travels.
+pipeline from the stage that has them, a gather over tensor parallelism, and every rank cuts out its part of each full
+tensor. Replicas work at the same time; shapes and owners are known beforehand, the buffer is allocated once, no Python
+object travels. The gather is a broadcast from each rank at once, straight into place: on gloo that takes a third of the
+time of its all-gather, which copies twice.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Unit:
 
 
 class Gathered:
-    """Buffers for the largest layer: a rank's shards, and those of all tensor-parallel ranks."""
+    """A buffer for the shards of all tensor-parallel ranks of the largest layer."""
 
     def __init__(self, source: Network, target: Network) -> None:
-        """Allocates the buffers and joins groups of its own. Collective: world."""
+        """Allocates the buffer and joins groups of its own. Collective: world."""
         self.source, self.target = source, target
         layout = source.grid.layout
         self.tp, self.mine = layout.tp, source.grid.pp_rank
@@ -44,8 +45,7 @@ class Gathered:
         self.units = list(_units(source))
         largest = max(unit.size for unit in self.units)
         dtype = next(iter(source.directory.values())).dtype
-        self.flat = torch.zeros(largest, dtype=dtype)
-        self.full = torch.zeros(self.tp * largest, dtype=dtype) if self.tp > 1 else self.flat
+        self.buffer = torch.zeros(self.tp * largest, dtype=dtype)
         width = dtype.itemsize
         elsewhere = sum(unit.size for unit in self.units if unit.stage != self.mine)
         here = sum(unit.size for unit in self.units if unit.stage == self.mine)
@@ -57,22 +57,24 @@ class Gathered:
     def run(self) -> None:
         """The target holds the source's weights. Collective: world."""
         for unit in self.units:
-            flat, full = self.flat[: unit.size], self.full[: self.tp * unit.size]
-            self._travel(unit, flat, full)
-            shards, at = full.view(self.tp, unit.size), 0
+            shards, at = self.buffer[: self.tp * unit.size].view(self.tp, unit.size), 0
+            self._travel(unit, shards)
             for name, entry in unit.entries.items():
                 size = _numbers(entry)
                 if name in self.target.parameters:
                     self._slice(name, entry, [shard[at : at + size].view(entry.shard_shape) for shard in shards])
                 at += size
 
-    def _travel(self, unit: Unit, flat: Tensor, full: Tensor) -> None:
+    def _travel(self, unit: Unit, shards: Tensor) -> None:
+        mine = shards[self.source.grid.tp_rank]
         if unit.stage == self.mine:
-            torch.cat([self.source.parameters[name].flatten() for name in unit.entries], out=flat)
+            torch.cat([self.source.parameters[name].flatten() for name in unit.entries], out=mine)
         if self.source.grid.layout.pp > 1:
-            dist.broadcast(flat, group=self.pp_group, group_src=unit.stage)
+            dist.broadcast(mine, group=self.pp_group, group_src=unit.stage)
         if self.tp > 1:
-            dist.all_gather_into_tensor(full, flat, group=self.tp_group)
+            works = [dist.broadcast(shards[t], group=self.tp_group, group_src=t, async_op=True) for t in range(self.tp)]
+            for work in works:
+                work.wait()
 
     def _slice(self, name: str, entry: Entry, shards: list[Tensor]) -> None:
         grid = self.target.grid
