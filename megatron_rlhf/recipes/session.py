@@ -15,7 +15,7 @@ from megatron_rlhf.checkpoint import resume
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.load import digest
 from megatron_rlhf.config.rules import check
-from megatron_rlhf.config.schema import Checkpoint, Config, Model
+from megatron_rlhf.config.schema import Checkpoint, Cluster, Config, Model
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
@@ -135,4 +135,4 @@ def _multiple(config: Config) -> int:
 
 def _digest(config: Config) -> str:
     """The settings that change what a run computes."""
-    return digest(replace(config, out="", checkpoint=Checkpoint()))
+    return digest(replace(config, out="", checkpoint=Checkpoint(), cluster=Cluster()))

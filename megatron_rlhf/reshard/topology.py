@@ -1,4 +1,4 @@
-"""Where ranks sit: the nodes of a cluster with their speeds, and the places of a layout as arrays. Pure, no torch."""
+"""Where ranks sit: the nodes of a cluster, and the places of a layout as arrays. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rlhf.config.layout import Layout
+from megatron_rlhf.config.schema import Cluster
+
+__all__ = ["OUTSIDE", "Cluster", "Ints", "Seats"]
 
 Ints = NDArray[np.int64]
 OUTSIDE = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """GPUs a node (rank r is on node r // `node`), and the bytes per second of one GPU's NVLink and NIC, one way."""
-
-    node: int = 8
-    nvlink: float = 450e9
-    nic: float = 50e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)

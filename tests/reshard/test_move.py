@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
-from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.models import names
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import any_rank, gather_objects, total
@@ -30,7 +29,6 @@ from megatron_rlhf.reshard import move
 from megatron_rlhf.reshard.message import RankPlan
 from megatron_rlhf.reshard.move import Mover
 from megatron_rlhf.reshard.storage import check, tensors
-from megatron_rlhf.reshard.switch import generating
 from megatron_rlhf.reshard.topology import Cluster
 from megatron_rlhf.train.engine import Engine
 from tests.helpers import roles as tiny
@@ -376,35 +374,3 @@ def test_live_modules_are_held_against_their_specs(style: str) -> None:
         check(replace(network, parameters={n: p for n, p in network.parameters.items() if n != name}))
     with pytest.raises(RuntimeError, match=f"{name} is .* on this rank"):
         check(replace(network, parameters={**network.parameters, name: torch.nn.Parameter(torch.zeros(3))}))
-
-
-@on_grid(4)
-def test_generating_brings_the_last_steps_weights() -> None:
-    """Each time the context is entered the generate network holds the present weights, and training is undisturbed."""
-    role, target = trained("tp2 pp2"), tiny.network("tp2 dp2", seed=77)
-    for number in range(2):
-        with generating(role, target, end=2, rows=8) as generator:
-            assert tiny.equal(tiny.weights(target), tiny.main_weights(role))
-            rollout = generator.sample(tiny.prompts(5), Draw(seed=number), 6)
-        trained_BR = role.forward(rollout.rows)
-        mask_BR = rollout.rows.response_mask_BR(rollout.rows.width)
-        torch.testing.assert_close(rollout.drawn_logprobs_BR * mask_BR, trained_BR, rtol=0, atol=1e-5)
-        role.accumulate(rollout.rows, losses.language)
-        role.update()
-    undisturbed = trained("tp2 pp2")
-    for number in range(2):
-        move.copy(undisturbed.network, target)
-        with generating(undisturbed, target, end=2, rows=8) as generator:
-            rows = generator.sample(tiny.prompts(5), Draw(seed=number), 6).rows
-        undisturbed.accumulate(rows, losses.language)
-        undisturbed.update()
-    assert tiny.equal(tiny.weights(undisturbed.network), tiny.weights(role.network))
-
-
-@on_grid(4)
-def test_ranks_at_different_steps_do_not_generate() -> None:
-    """A rank that missed an update is named before a token is drawn."""
-    role, target = tiny.engine("tp2 pp2"), tiny.network("tp2 dp2")
-    role.updates = 4 if dist.get_rank() == 2 else 3
-    with pytest.raises(RuntimeError, match=r"3 on 0, 1, 3; 4 on 2"), generating(role, target, end=2, rows=8):
-        pass
