@@ -30,7 +30,7 @@ RECIPES = {
     "sample": "answer prompts with a trained policy",
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
-PLAN = "what a run will need, before it is submitted; --reshard-only [--json], for layout.policy and layout.generate"
+PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
 _EXAMPLES = """\

@@ -46,15 +46,17 @@ class Plan:
     fresh: tuple[str, ...] = ()
 
     def rank(self, rank: int) -> RankPlan:
-        """What world rank `rank` does."""
+        """What world rank `rank` does; nothing where neither layout spans it."""
+        if rank >= self.world:
+            return RankPlan(rank, (), (), (), ())
         aliased, copied = self._kept(rank)
         return RankPlan(rank, self._component(rank), aliased, copied, tuple(self._rounds(rank)))
 
     @cached_property
     def sha256(self) -> str:
         """Equal on two ranks exactly when their plans are."""
-        digest = hashlib.sha256(f"{self.source}|{self.source.places}|{self.target}|{self.target.places}".encode())
-        digest.update(f"|{self.cluster}|{self.source_tensors}|{self.target_tensors}|{self.fresh}".encode())
+        settings = (self.source, self.target, self.cluster, self.source_tensors, self.target_tensors, self.fresh)
+        digest = hashlib.sha256(repr(settings).encode())
         for column in self.transfers.columns:
             digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()

@@ -64,6 +64,8 @@ BROKEN = [
         "splits model.context=129 in 2 (tp, as sp splits rows), which does not divide it",
     ),
     (["sft.examples=10"], "sft.examples=10 is less than one step of sft.batch=32"),
+    (["cluster.node=0"], "cluster.node is 0; it must be at least 1, for example cluster.node=8"),
+    (["cluster.nic=0"], "cluster.nic is 0.0; it must be above 0, for example cluster.nic=50e9"),
     (["layout.policy=tp3"], "layout.policy: tp3 pp1 dp1 is 3 ranks, the world has 4"),
     (["layout.reward=tp2 qq2"], "layout.reward: layout word 'qq2' in 'tp2 qq2' is unknown"),
     (["model.layers=3"], "layout.policy='tp2 pp2 dp1' splits model.layers=3 in 2 (pp x vp), which does not divide it"),

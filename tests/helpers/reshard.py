@@ -1,17 +1,40 @@
-"""Runs a reshard plan in one process: what every rank holds, sends and receives, as numbers in arrays."""
+"""Layouts to reshard between, and a reshard plan run in one process: what every rank holds, sends and receives."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rlhf.config.layout import Layout
+from megatron_rlhf.config.layout import ORDERS, Layout
+from megatron_rlhf.config.schema import Model
 from megatron_rlhf.reshard.layout import TensorSpec, spans, stage
 from megatron_rlhf.reshard.message import Piece, RankPlan, Round
 from megatron_rlhf.reshard.plan import Plan
 from megatron_rlhf.reshard.shares import row_bytes
+
+
+def layouts(ranks: int, first: int = 0) -> list[Layout]:
+    """Every layout of `ranks` ranks with one or two virtual stages, in both orders where they differ."""
+    found = []
+    for tp in (degree for degree in range(1, ranks + 1) if ranks % degree == 0):
+        for pp in (degree for degree in range(1, ranks // tp + 1) if ranks // tp % degree == 0):
+            dp = ranks // tp // pp
+            for vp in (1, 2) if pp > 1 else (1,):
+                for order in ORDERS if pp > 1 and dp > 1 else ORDERS[:1]:
+                    found.append(Layout(tp, pp, dp, vp, first=first, order=order))
+    return found
+
+
+def model(source: Layout, target: Layout, style: str, tied: bool) -> Model:
+    """The smallest model that both layouts divide; 50 tokens, which few tp divide."""
+    heads = math.lcm(source.tp, target.tp)
+    return Model(
+        layers=math.lcm(source.pp * source.vp, target.pp * target.vp), hidden=4 * heads, heads=heads, vocabulary=50,
+        context=6, ffn=3 * heads, style=style, tied=tied, precision="bf16",
+    )  # fmt: skip
 
 
 class Shards:
