@@ -142,9 +142,12 @@ def flatten(network: Network, lent: Mapping[str, Tensor]) -> dict[torch.dtype, T
         if name not in lent:
             starts[name] = -(-sizes.get(parameter.dtype, 0) // _START) * _START
             sizes[parameter.dtype] = starts[name] + parameter.numel()
+    device = next((parameter.device for parameter in network.parameters.values()), None)
     for name, tensor in lent.items():
         network.parameters[name].data = tensor
-    device = next(iter(network.parameters.values())).device if sizes else None
+    for name in starts:
+        # in host memory meanwhile, so that a GPU never has to hold them twice
+        network.parameters[name].data = network.parameters[name].data.cpu()
     flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
     for name, start in starts.items():
         parameter = network.parameters[name]
