@@ -214,6 +214,7 @@ def test_ppo_starts_at_ratio_one_and_kl_zero(words: str, precision: str) -> None
     move.copy(policy.network, reference)
     rows = tiny.rows()
     assert torch.equal(tiny.learner(reference).forward(rows), policy.forward(rows))
+    policy.update()
     bridge = switch.build(policy, tiny.network("tp2 dp2", model, seed=78), Reshard())
     with switch.generating(bridge, end=2, rows=8) as generator:
         rollout = generator.sample(tiny.prompts(8), Draw(seed=3), 12)
