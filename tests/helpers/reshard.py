@@ -10,10 +10,12 @@ import numpy as np
 
 from megatron_rlhf.config.layout import ORDERS, Layout
 from megatron_rlhf.config.schema import Model
+from megatron_rlhf.reshard.bound import Bound, least
 from megatron_rlhf.reshard.layout import TensorSpec, spans, stage
 from megatron_rlhf.reshard.message import Piece, RankPlan, Round
 from megatron_rlhf.reshard.plan import Plan
-from megatron_rlhf.reshard.shares import row_bytes
+from megatron_rlhf.reshard.shares import row_bytes, shares
+from megatron_rlhf.reshard.topology import Seats
 
 
 def layouts(ranks: int, first: int = 0) -> list[Layout]:
@@ -130,3 +132,10 @@ def _deliver(
         size = (piece.end - piece.start) * row[piece.name]
         sent[ranks[0]] += size
         received[ranks[1]] += size
+
+
+def bound(made: Plan) -> Bound:
+    """What no plan can do without."""
+    seats = [Seats.of(layout, made.world) for layout in (made.source, made.target)]
+    loose = shares(made.source_tensors, made.source, made.target_tensors, made.target, fresh=made.fresh)
+    return least(loose, seats[0], seats[1], made.cluster)

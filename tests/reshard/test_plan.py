@@ -10,7 +10,6 @@ import math
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -22,22 +21,19 @@ import pytest
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
-from megatron_rlhf.reshard.bound import Bound, least
 from megatron_rlhf.reshard.grouping import grouped
 from megatron_rlhf.reshard.layout import TensorSpec, specs
 from megatron_rlhf.reshard.message import RankPlan
-from megatron_rlhf.reshard.plan import Plan, plan
+from megatron_rlhf.reshard.plan import plan
 from megatron_rlhf.reshard.rounds import meeting
-from megatron_rlhf.reshard.shares import shares
 from megatron_rlhf.reshard.topology import Cluster, Seats
-from tests.helpers.reshard import emulate, layouts, model
+from tests.helpers.reshard import bound, emulate, layouts, model
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = (1, 2, 4, 8)
 # style, tied, whether the vocabulary is padded for both tp together, GPUs a node
 KINDS = list(product(("gpt", "llama"), (True, False), (True, False), NODES))
 GPT = Model(layers=4, hidden=16, heads=4, vocabulary=50, context=6, precision="bf16")
-GPT_175B = Model(layers=96, hidden=12288, heads=96, vocabulary=51200, tied=False, precision="bf16")
 
 
 def pairs(ranks: int) -> Iterator[tuple[Layout, Layout]]:
@@ -49,13 +45,6 @@ def tensors(shape: Model, tp: int, together: int) -> tuple[TensorSpec, ...]:
     """The specs of a layout of `tp`, its vocabulary padded for `together`, or for itself alone with 0."""
     multiple = together or tp
     return specs(shape, math.ceil(shape.vocabulary / multiple) * multiple)
-
-
-def bound(made: Plan) -> Bound:
-    """What no plan can do without."""
-    seats = [Seats.of(layout, made.world) for layout in (made.source, made.target)]
-    loose = shares(made.source_tensors, made.source, made.target_tensors, made.target, fresh=made.fresh)
-    return least(loose, seats[0], seats[1], made.cluster)
 
 
 def prove(source: Layout, target: Layout, number: int, *, deal: bool = True) -> None:
@@ -146,7 +135,7 @@ def balanced(source: Layout, target: Layout, node: int) -> None:
 
 def test_senders_are_even_where_stages_are() -> None:
     """A spread. With a vocabulary the first and last stage hold more, and what only they hold only they can send: in
-    GPT-3 175B up to 7 % more than the mean (test_the_table)."""
+    GPT-3 175B up to 7 % more than the mean (test_scale.py)."""
     draw = random.Random(0)
     for _ in range(100):
         ranks = draw.choice([4, 6, 8, 8, 12, 16, 16])
@@ -264,53 +253,6 @@ def test_the_plan_is_the_same_everywhere() -> None:
         plan(specs(GPT, 56), Layout(4, 2, 2), specs(GPT, 56), Layout(2, 1, 8)),
     ]
     assert len({mine.sha256, *(other.sha256 for other in others)}) == 4
-
-
-# (policy, generate, received GB, NIC ms, node bound ms, NVLink ms); "own order" leaves the ranks as they are
-TABLE = [
-    ("tp8 pp16 dp8", "tp8 pp8", 2.93, 58, 58, 0),
-    ("tp8 pp16 dp8", "tp8 pp4", 8.36, 173, 166, 0),
-    ("tp8 pp16 dp8", "tp8 pp2", 19.24, 403, 384, 0),
-    ("tp8 pp16 dp8", "tp8 pp1", 41.15, 865, 822, 0),
-    ("tp8 pp16 dp8", "tp16 pp1", 20.61, 433, 411, 0),
-    ("tp8 pp16 dp8", "tp4 pp8", 8.52, 58, 58, 13),
-    ("tp8 pp16 dp8", "tp4 pp8 own order", 11.24, 58, 58, 19),
-    ("tp8 pp16 dp8", "tp2 pp16", 8.63, 0, 0, 19),
-    ("tp8 pp8 dp16", "tp8 pp4", 5.65, 112, 112, 0),
-    ("tp8 pp8 dp16", "tp8 pp1", 38.43, 784, 767, 0),
-    ("tp8 pp8 dp16", "tp16 pp1", 19.25, 392, 384, 0),
-    ("tp8 pp16 vp2 dp8", "tp8 pp4 own order", 10.88, 217, 217, 0),
-    ("tp8 pp16 vp2 dp8", "tp8 pp4", 9.72, 200, 194, 0),
-]
-
-
-@pytest.mark.parametrize(("policy", "generate", "received", "nic", "node", "nvlink"), TABLE)
-def test_the_table(policy: str, generate: str, received: float, nic: int, node: int, nvlink: int) -> None:
-    """GPT-3 175B on 1,024 H100 within 2 %, or half of the last digit that is printed, in less than 2 s of one core."""
-    shape = specs(GPT_175B, 51200)
-    begun = time.process_time()
-    source = Layout.parse(policy, 1024)
-    target = Layout.parse(generate.removesuffix(" own order"), 1024)
-    if not generate.endswith("own order"):
-        target = grouped(source, target, shape, shape)
-    made = plan(shape, source, shape, target)
-    found = made.summary()
-    ranks = [made.rank(rank) for rank in (0, 1023)]
-    assert time.process_time() - begun < 2.0
-    assert found.recv_bytes_max / 1e9 == pytest.approx(received, rel=0.02)
-    assert found.recv_bound_max == found.recv_bytes_max
-    assert found.send_bytes_max <= 1.1 * found.send_bytes_mean or "own order" in generate
-    for seconds, printed in ((found.node_time_s, nic), (found.node_bound_s, node), (found.nvlink_time_s, nvlink)):
-        assert seconds * 1e3 == pytest.approx(printed, rel=0.02, abs=0.5)
-    got = np.bincount(made.transfers.target, weights=made.transfers.size, minlength=1024)
-    assert np.array_equal(got, bound(made).lack), "every rank receives what it needs and does not hold"
-    for mine in ranks:
-        for message in mine.rounds[:2]:
-            [same] = [
-                other for other in made.rank(message.peer).rounds
-                if (other.peer, other.relayed) == (mine.rank, message.relayed)
-            ]  # fmt: skip
-            assert (same.send, same.receive) == (message.receive, message.send)
 
 
 def test_nobody_meets_two_at_once() -> None:
