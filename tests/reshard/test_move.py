@@ -19,13 +19,16 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
-from megatron_rlhf.models import names
+from megatron_rlhf.models import names, transformer
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.parallel import grid
 from megatron_rlhf.parallel.collectives import any_rank, gather_objects, total
 from megatron_rlhf.recipes import losses
 from megatron_rlhf.reshard import move
+from megatron_rlhf.reshard.grouping import grouped
 from megatron_rlhf.reshard.message import RankPlan
 from megatron_rlhf.reshard.move import Mover
 from megatron_rlhf.reshard.storage import check, tensors
@@ -35,6 +38,7 @@ from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
 from tests.helpers.naive_plan import naive
 
+GROUPED = " grouped"
 PLANNERS = ("real", "naive", "nodes of 2")
 UNTIED = replace(tiny.MODEL, tied=False)
 BF16 = replace(tiny.LLAMA, precision="bf16")
@@ -89,6 +93,14 @@ def trained(words: str) -> Engine:
     return role
 
 
+def dealt(words: str, source: Network) -> Network:
+    """A network under `words` with its ranks dealt so that most of what `source` has stays. Collective: world."""
+    layout, model = Layout.parse(words, dist.get_world_size()), source.model
+    held = tuple(tensors(source).values())
+    layout = grouped(source.grid.layout, layout, held, held)
+    return transformer.build(model, grid.build(layout), rows=source.rows, seed=77)
+
+
 def switches(
     words: str,
     targets: Sequence[str],
@@ -101,7 +113,9 @@ def switches(
     role = tiny.engine(words, model=model, rate=0.01)
     movers = []
     for number, (target_words, planner) in enumerate(product(targets, planners)):
-        target = tiny.network(target_words, model, seed=77, rows=rows)
+        asked = target_words.removesuffix(GROUPED)
+        target = tiny.network(asked, model, seed=77, rows=rows)
+        target = target if asked == target_words else dealt(asked, role.network)
         plan = planned(role.network, target, planner)
         movers.append((target, Mover(role.network, target, plan, staging=4096, check=number % 2 == 1)))
     for number in range(3):
@@ -138,10 +152,10 @@ def test_two_ranks(words: str, target: str) -> None:
 @pytest.mark.parametrize(
     ("words", "targets", "model"),
     [
-        ("tp2 pp4", ["tp4 dp2", "tp1 dp8"], tiny.MODEL),
+        ("tp2 pp4", ["tp4 dp2", "tp1 dp8", "tp4 dp2 grouped"], tiny.MODEL),
         ("tp2 pp2 dp2", ["tp2 dp4", "tp4 dp2", "tp1 pp2 dp4"], tiny.MODEL),
-        ("tp4 pp2 order=tp-pp-dp", ["tp2 pp4", "tp2 dp4 order=tp-pp-dp"], BF16),
-        ("tp2 pp2 vp2 dp2", ["tp4 pp2", "tp2 pp2 @4-7"], UNTIED),
+        ("tp4 pp2 order=tp-pp-dp", ["tp2 pp4", "tp2 dp4 order=tp-pp-dp", "tp2 pp2 dp2 grouped"], BF16),
+        ("tp2 pp2 vp2 dp2", ["tp4 pp2", "tp4 pp2 grouped", "tp2 pp2 @4-7"], UNTIED),
         ("tp2 pp2 @0-3", ["tp4 @4-7", "tp1 pp2 dp2 @4-7"], UNTIED),
     ],
 )
@@ -232,6 +246,18 @@ def test_bytes_are_those_of_the_plan() -> None:
     moved = Mover(role.network, target, planned(role.network, target)).run()
     assert moved.received + moved.kept == sum(parameter.nbytes for parameter in target.parameters.values())
     assert total(moved.received) == total(moved.sent) > 0
+
+
+@on_grid(4)
+def test_a_dealing_that_keeps_most_moves_fewer_bytes() -> None:
+    """Ranks of a target that were dealt anew hold what they should, and need no bytes that others have."""
+    role, most = tiny.engine("pp2 dp2 order=tp-pp-dp"), []
+    for target in (tiny.network("tp2 pp2", seed=77), dealt("tp2 pp2", role.network)):
+        mover = Mover(role.network, target, planned(role.network, target))
+        most.append(max(gather_objects(mover.run().received)))
+        assert arrived(target, tiny.main_weights(role))
+    assert most[0] > most[1] == 0
+    assert target.grid.layout.places
 
 
 @on_grid(4)
