@@ -32,7 +32,9 @@ def save(folder: Path, step: int, state: dict[str, Any], *, layout: str, digest:
     os.replace(path.with_suffix(".partial"), path)
     dist.barrier()
     if dist.get_rank() == 0:
-        write_json(folder / NEWEST, {"step": step, "world": dist.get_world_size(), "layout": layout, "config": digest})
+        write_json(
+            folder / NEWEST, {"step": step, "world": dist.get_world_size(), "layout": layout, "config": digest}
+        )
         for old in folder.glob("step_*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)

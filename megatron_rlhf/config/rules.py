@@ -44,6 +44,7 @@ _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("ppo.normalisation",), ("tokens", "rows")),
     (("ppo.missing_end",), ("replace", "subtract", "keep")),
     (("ppo.average_unit",), ("update", "iteration")),
+    (("reshard.proof",), ("always", "never")),
 ]
 
 # (settings, the numbers they may be in words, the same as a predicate, a number that works)
@@ -52,7 +53,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{size}" for model in _MODELS for size in _SIZES),
             *("compute.micro_batch", "compute.forward_micro_batch", "compute.buckets"),
-            *("sampling.max_tokens", "sampling.batch"),
+            *("sampling.max_tokens", "reshard.staging_mb"),
             *("data.max_prompt_tokens", "data.max_response_tokens", "data.min_response_tokens"),
             *("data.prompts_per_user", "data.shared_prefix_tokens"),
             *(f"{model}.rope.{number}" for model in _MODELS for number in ("factor", "original_context")),
@@ -110,9 +111,17 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k", "sampling.groups"),
-            *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
-            *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
+            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k", "sampling.batch", "sampling.groups"),
+            *(
+                "adam.weight_decay",
+                "sft.examples",
+                "rl_start.examples",
+                "rank.noise",
+                "checkpoint.every",
+                "seed",
+                "reshard.node",
+            ),
+            *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef", "reshard.node"),
         ),
         "at least 0",
         lambda x: x >= 0,
@@ -240,7 +249,7 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _counts(config: Config) -> Iterator[str]:
     ppo, rank, sampling, scale = config.ppo, config.rank, config.sampling, config.adam.loss_scale
-    if sampling.groups > sampling.batch:
+    if sampling.groups > sampling.batch > 0:
         yield (
             f"sampling.groups={sampling.groups} is more than the rows to share out, sampling.batch={sampling.batch}; "
             f"write for example sampling.groups={sampling.batch}"
@@ -291,6 +300,12 @@ def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
         if role == "generate" and layout.sp:
             yield f"layout.generate='{words}' asks for sequence parallelism, useless for generation; leave sp out"
         yield from _splits(f"layout.{role}='{words}'", layout, model_name, getattr(config, model_name))
+    policy, reference = (" ".join(sorted(words.split())) for words in (config.layout.policy, config.layout.reference))
+    if config.reshard.share_reference and policy != reference:
+        yield (
+            f"reshard.share_reference=true puts the reference in the policy's place, layout.reference="
+            f"'{config.layout.reference}' is another one; write 'layout.reference={config.layout.policy}'"
+        )
 
 
 def _splits(words: str, layout: Layout, name: str, model: Model) -> Iterator[str]:

@@ -1,0 +1,53 @@
+"""Resident memory of this process, and the most of it between two moments. Linux only: it reads /proc/self."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+_PROBE = 64 << 20
+_SLACK = 0.02
+
+
+class Peak:
+    """The resident bytes at the beginning, `before`, and from there on the most there have been, `growth` above it."""
+
+    def __init__(self) -> None:
+        """Begins: what was freed goes back to the system first, or a later allocation would not be seen."""
+        settle()
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = resident()
+
+    @property
+    def growth(self) -> int:
+        """The most bytes held at once since the beginning, above those held then."""
+        return _bytes("VmHWM") - self.before
+
+
+def settle() -> None:
+    """Returns freed memory to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of memory this process occupies now."""
+    return _bytes("VmRSS")
+
+
+def check() -> None:
+    """Raises RuntimeError unless `Peak` sees a known allocation, which is gone by then, within 2 %."""
+    peak = Peak()
+    torch.ones(_PROBE, dtype=torch.uint8)
+    if abs(peak.growth - _PROBE) > _SLACK * _PROBE:
+        raise RuntimeError(f"{_PROBE} bytes were allocated, the peak of resident memory grew by {peak.growth}")
+
+
+def _bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found, f"/proc/self/status has no {name}"
+    return int(found[1]) * 1024
