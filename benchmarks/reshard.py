@@ -81,7 +81,7 @@ def measure(task: Task) -> Measured:
 def rows(task: Task, found: Measured) -> list[Row]:
     """The rows of one task."""
     bound = found.first["ours"]["bound"] / MIB
-    case = f"{task.ranks} ranks, {task.source} -> {task.target}, {task.precision}, staging {task.staging // MIB} MiB"
+    case = f"{task.ranks} ranks, {task.source} -> {task.target}, {task.precision}"
     made = []
     for side, rival in RIVALS.items():
 

@@ -2,8 +2,8 @@
 
 Run as `python -m benchmarks.movers.side TASK`. A turn lets every side move the weights once, whoever was last first in
 the next turn. Before each, all ranks flip the sign of the source's weights, so that a target left as it was is seen.
-The first turn builds each side from nothing, the last one measures memory; after both every target parameter is
-compared, by checksum, with what the layout's own initialisation had put there.
+The first turn builds each side from nothing, the last one measures memory once more; after both every target parameter
+is compared, by checksum, with what the layout's own initialisation had put there.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Side:
         networks = occupied(self.source, target)
         peak = memory.Peak()
         seconds = _timed(lambda: self._made(name, target).run())
-        growth = peak.growth
+        growth = max(0, peak.growth)
         memory.settle()
         self.held[name] = memory.resident() - peak.before - (occupied(self.source, target) - networks)
         way = self.ways[name]
@@ -97,11 +97,12 @@ class Side:
 
     def last(self, name: str) -> dict[str, float]:
         """Memory of one run more: what the way keeps between runs and what it takes in one. Collective: world."""
+        memory.keep_freed(False)
         peak = memory.Peak()
         self.ways[name].run()
         growth = peak.growth
         return {
-            "peak": _most(self.held[name] + growth),
+            "peak": _most(max(0, self.held[name] + growth)),
             "wrong": self._wrong(self.targets["ours" if name == "ours" else "rivals"]),
         }
 
@@ -200,8 +201,10 @@ def main() -> None:
     assert task.turns % 2, "an odd number of steady turns, so that the last turn finds the signs of the first"
     cpu.install()
     grid.connect()
+    memory.keep_freed(False)
     memory.check()
     side = Side(task)
+    memory.keep_freed(True)
     leads = collectives.rank() == 0
     if leads:
         channel.say(floor=side.floor)

@@ -24,7 +24,7 @@ class Task:
     vocabulary: int = 8192
     context: int = 1024
     staging: int = 32 << 20
-    turns: int = 7
+    turns: int = 5
 
     @property
     def model(self) -> Model:
