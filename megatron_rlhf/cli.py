@@ -30,6 +30,7 @@ RECIPES = {
     "sample": "answer prompts with a trained policy",
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
+PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
 _EXAMPLES = """\
@@ -37,9 +38,10 @@ Examples:
   megatron-rlhf quickstart --out runs/quickstart
   megatron-rlhf ppo experiment=quickstart ppo.kl.coef=0.02 'layout.policy=tp2 pp2'
   srun megatron-rlhf sft experiment=instructgpt_1b3 out=/scratch/run1
+  megatron-rlhf plan --reshard-only model=gpt_13b 'layout.policy=tp8 pp4 dp2' 'layout.generate=tp8' cluster=h100
 
 A recipe that needs several ranks starts them on this machine, unless torchrun or srun started it as one of them.
-experiment=, model=, model@reward_model= and layout= choose a file of configs/; key=value sets one setting.
+experiment=, model=, model@reward_model=, layout= and cluster= choose a file of configs/; key=value sets one setting.
 Exit codes: 0 done; 1 crashed; 2 bad input; 75 stopped by a signal after saving, submit again.
 """
 # Longer than the launcher needs to end the ranks that outlive the first failure (launch.py: 2 s).
@@ -85,8 +87,11 @@ def _dispatch(words: Sequence[str]) -> int:
     if verb == "doctor":
         sys.stdout.write(doctor.report())
         return 0
+    if verb == "plan":
+        sys.stdout.write(_plan(rest))
+        return 0
     if verb not in RECIPES:
-        verbs = ", ".join([*RECIPES, "doctor"])
+        verbs = ", ".join([*RECIPES, "plan", "doctor"])
         raise BadInput(f"there is no verb '{verb}'; write one of {verbs}, for example megatron-rlhf quickstart")
     return _recipe(verb, _settings(rest))
 
@@ -105,6 +110,16 @@ def _recipe(name: str, settings: Sequence[str]) -> int:
     return 0
 
 
+def _plan(words: Sequence[str]) -> str:
+    flags = {word for word in words if word in ("--reshard-only", "--json")}
+    if "--reshard-only" not in flags:
+        raise BadInput("plan knows the reshard part only so far; write for example plan --reshard-only layout=1024gpu")
+    config = load("plan", _settings([word for word in words if word not in flags]))
+    report = importlib.import_module("megatron_rlhf.plan.reshard").reshard(config)
+    text: str = report.as_json() if "--json" in flags else report.as_text()
+    return text
+
+
 def _settings(words: Sequence[str]) -> list[str]:
     """`key=value` words, with `--out DIR` written as `out=DIR`."""
     settings: list[str] = []
@@ -121,7 +136,7 @@ def _settings(words: Sequence[str]) -> list[str]:
 
 
 def _help() -> str:
-    verbs = "".join(f"  {verb:<11} {text}\n" for verb, text in {**RECIPES, "doctor": DOCTOR}.items())
+    verbs = "".join(f"  {verb:<11} {text}\n" for verb, text in {**RECIPES, "plan": PLAN, "doctor": DOCTOR}.items())
     return f"Usage: megatron-rlhf VERB [--out DIR] [key=value ...]\n\n{verbs}\n{_EXAMPLES}"
 
 

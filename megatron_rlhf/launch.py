@@ -46,7 +46,8 @@ def run(processes: int, argv: Sequence[str], module: str = "megatron_rlhf") -> i
 def _start(rank: int, processes: int, port: int, command: Sequence[str]) -> Process:
     env = {
         **os.environ,
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        **{"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
     }
     if processes > 1:

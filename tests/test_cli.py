@@ -48,7 +48,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, run: Callable[[Config], None]) -> No
 def test_help_names_every_verb(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {verb} " in shown for verb in [*cli.RECIPES, "doctor"])
+    assert all(f"  {verb} " in shown for verb in [*cli.RECIPES, "plan", "doctor"])
     assert max(len(line) for line in shown.splitlines()) <= 120
 
 

@@ -25,7 +25,7 @@ SMALL = [
     *("rank.prompts=32", "rank.valid_prompts=16", "reward.batch=8", "sampling.max_tokens=24"),
     *("ppo.iterations=4", "ppo.episodes=16", "ppo.minibatches=4", "ppo.policy.warmup=2", "evaluate.prompts=24"),
 ]
-CHANGING = {"time", "seconds_by_phase", "tokens_per_second", "memory_bytes"}
+CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"}
 
 
 def command(verb: str, out: Path, *words: str) -> list[str]:
@@ -33,10 +33,10 @@ def command(verb: str, out: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "megatron_rlhf", verb, *experiment, f"out={out}", *SMALL, *words]
 
 
-def rows(out: Path, phase: str) -> list[dict[str, Any]]:
+def rows(out: Path, phase: str, without: set[str] = CHANGING) -> list[dict[str, Any]]:
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in CHANGING} for row in found if row["phase"] == phase]
+    return [{k: v for k, v in row.items() if k not in without} for row in found if row["phase"] == phase]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,9 @@ def test_report_holds_what_it_promises(finished: Path) -> None:
     assert report["ppo"]["step0_kl"] == 0
     assert report["ppo"]["first_ratio_error"] <= 1e-5
     assert 1.0 <= report["ppo"]["drift"] <= 1.0001
+    assert 0 <= report["ppo"]["drift.p50"] <= report["ppo"]["drift.max"] <= 1e-4
+    assert set(report["reshard"]) == {"seconds", "bytes", "bound", "peak_extra"}
+    assert 0 < report["reshard"]["bytes"] == report["reshard"]["bound"] < 4 * 250_000, "of half the model's weights"
     assert 0 < report["reward"]["oracle_accuracy"] <= 1
     assert abs(report["reward"]["demonstration_score"]) <= 1e-5, "T0-3: demonstrations score 0 after calibration"
     assert abs(report["reward"]["demonstration_score_before"]) > 1e-5
@@ -68,8 +71,9 @@ def test_report_holds_what_it_promises(finished: Path) -> None:
 
 def test_log_has_a_row_a_step_under_the_names_everyone_uses(finished: Path) -> None:
     assert [row["step"] for row in rows(finished, "ppo")] == [0, 1, 2, 3]
-    for name in ("kl", "score", "gold", "reward", "drift", "loss.policy", "loss.value", "loss.language", "lr.policy"):
-        assert all(isinstance(row[name], float) for row in rows(finished, "ppo")), name
+    means = ("kl", "score", "gold", "reward", "drift", "drift.max", "reshard.seconds", "lr.policy")
+    for name in (*means, "loss.policy", "loss.value", "loss.language"):
+        assert all(isinstance(row[name], float) for row in rows(finished, "ppo", set())), name
     assert len([row for row in rows(finished, "pretrain") if "loss.language" in row]) == 50
     assert rows(finished, "sft")[-1]["valid.loss.demonstrations"] > 0
     assert rows(finished, "rl_start")[-1]["valid.loss.pretraining"] > 0

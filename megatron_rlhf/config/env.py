@@ -41,6 +41,15 @@ def local_rank() -> int:
     return _number("SLURM_LOCALID") if _is_slurm_step() and "SLURM_LOCALID" in os.environ else rank()
 
 
+def local_world_size() -> int:
+    """Processes of the world on this machine, 0 where the launcher does not say."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return _number("LOCAL_WORLD_SIZE")
+    # "8", or "8(x2)" where all nodes are alike; "8(x2),4" is no one number
+    alike = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(alike[1]) if alike and _is_slurm_step() else 0
+
+
 def master_address() -> str:
     """The machine of rank 0: MASTER_ADDR, else the first host of the SLURM step, else this machine."""
     if "MASTER_ADDR" in os.environ:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 ORDERS = ("tp-dp-pp", "tp-pp-dp")
+PLANNED = "planned"
+"""What the order of a layout with `places` is printed as."""
 _WORD = re.compile(r"^(?:(tp|pp|dp|vp)(\d+)|(sp)|@(\d+)-(\d+)|order=([a-z-]+))$")
 
 
@@ -16,7 +18,10 @@ class LayoutError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Degrees an axis (`tp`, `pp`, `dp`), virtual stages `vp`, sequence parallelism `sp`, first rank, rank order, and
-    whether the world has other ranks beside it (`partial`)."""
+    whether the world has other ranks beside it (`partial`).
+
+    `places`, where it is not empty, is the world rank of every slot in the order tp-dp-pp and stands in for `order`.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -26,6 +31,12 @@ class Layout:
     first: int = 0
     order: str = "tp-dp-pp"
     partial: bool = False
+    places: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises LayoutError unless `places` deals every rank of the grid once."""
+        if self.places and sorted(self.places) != list(range(self.first, self.first + self.size)):
+            raise LayoutError(f"the places of '{self}' must be each of its {self.size} ranks once")
 
     @classmethod
     def parse(cls, words: str, world: int) -> Layout:
@@ -50,6 +61,11 @@ class Layout:
                 span = (int(start), int(end))
             elif wanted in ORDERS:
                 order = wanted
+            elif wanted == PLANNED:
+                raise LayoutError(
+                    f"'order={PLANNED}' in '{words}' is what a planned layout is printed as and cannot be asked for; "
+                    f"leave it out, or write order={ORDERS[0]}"
+                )
             else:
                 raise LayoutError(f"rank order '{wanted}' in '{words}' is unknown; write one of {', '.join(ORDERS)}")
         first, ranks = (span[0], span[1] - span[0] + 1) if span else (0, world)
@@ -70,6 +86,8 @@ class Layout:
 
     def rank(self, tp: int, pp: int, dp: int) -> int:
         """The world rank at a coordinate."""
+        if self.places:
+            return self.places[tp + self.tp * (dp + self.dp * pp)]
         if self.order == "tp-dp-pp":
             return self.first + tp + self.tp * (dp + self.dp * pp)
         return self.first + tp + self.tp * (pp + self.pp * dp)
@@ -79,8 +97,10 @@ class Layout:
         place = rank - self.first
         if not 0 <= place < self.size:
             return None
+        if self.places:
+            place = self.places.index(rank)
         tp, rest = place % self.tp, place // self.tp
-        if self.order == "tp-dp-pp":
+        if self.places or self.order == "tp-dp-pp":
             return tp, rest // self.dp, rest % self.dp
         return tp, rest % self.pp, rest // self.pp
 
@@ -90,5 +110,6 @@ class Layout:
         words += [f"vp{self.vp}"] if self.vp > 1 else []
         words += ["sp"] if self.sp else []
         words += [f"@{self.first}-{self.first + self.size - 1}"] if self.partial else []
-        words += [f"order={self.order}"] if self.order != ORDERS[0] else []
+        order = PLANNED if self.places else self.order
+        words += [f"order={order}"] if order != ORDERS[0] else []
         return " ".join(words)

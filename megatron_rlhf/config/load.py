@@ -30,6 +30,9 @@ _KINDS = {
     bool: ("true or false", "true"),
 }
 
+# groups that stand in no file's defaults: the schema's own values are one of their choices
+_ADDED = ("cluster",)
+
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """The Config that configs/<recipe>.yaml and the `key=value` words make.
@@ -134,8 +137,9 @@ def _chosen(key: str, group: str, value: str) -> str:
     if value not in choices(group):
         near = _nearest(value, choices(group))
         raise BadInput(f"{key}={value} is unknown; the nearest is {key}={near} (there are {', '.join(choices(group))})")
-    # Hydra knows a group whose package has its own name by the bare name
-    return f"{group if key == f'{group}@{group}' else key}={value}"
+    # Hydra knows a group whose package has its own name by the bare name; one no recipe names is added
+    added = "+" if group in _ADDED else ""
+    return f"{added}{group if key == f'{group}@{group}' else key}={value}"
 
 
 def _asks_for_experiment(recipe: str) -> bool:

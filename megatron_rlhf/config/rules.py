@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from math import gcd
 
@@ -44,6 +44,7 @@ _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("ppo.normalisation",), ("tokens", "rows")),
     (("ppo.missing_end",), ("replace", "subtract", "keep")),
     (("ppo.average_unit",), ("update", "iteration")),
+    (("reshard.proof",), ("always", "never")),
 ]
 
 # (settings, the numbers they may be in words, the same as a predicate, a number that works)
@@ -52,7 +53,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{size}" for model in _MODELS for size in _SIZES),
             *("compute.micro_batch", "compute.forward_micro_batch", "compute.buckets"),
-            *("sampling.max_tokens", "sampling.batch"),
+            *("sampling.max_tokens", "reshard.staging_mb"),
             *("data.max_prompt_tokens", "data.max_response_tokens", "data.min_response_tokens"),
             *("data.prompts_per_user", "data.shared_prefix_tokens"),
             *(f"{model}.rope.{number}" for model in _MODELS for number in ("factor", "original_context")),
@@ -61,6 +62,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
             *("rank.valid_prompts", "ppo.iterations", "ppo.episodes", "ppo.minibatches", "ppo.epochs"),
             *("ppo.pretraining_ratio", "evaluate.prompts"),
             *(f"adam.loss_scale.{count}" for count in ("growth_interval", "hysteresis", "patience")),
+            "cluster.node",
         ),
         "at least 1",
         lambda x: x >= 1,
@@ -109,14 +111,23 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k", "sampling.groups"),
-            *("adam.weight_decay", "sft.examples", "rl_start.examples", "rank.noise", "checkpoint.every", "seed"),
-            *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef"),
+            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k", "sampling.batch", "sampling.groups"),
+            *(
+                "adam.weight_decay",
+                "sft.examples",
+                "rl_start.examples",
+                "rank.noise",
+                "checkpoint.every",
+                "seed",
+                "reshard.node",
+            ),
+            *("ppo.value_clip", "ppo.score_clip", "ppo.pretraining_coef", "ppo.kl.coef", "reshard.node"),
         ),
         "at least 0",
         lambda x: x >= 0,
         "0",
     ),
+    (("cluster.nvlink", "cluster.nic", "cluster.memory"), "above 0", lambda x: x > 0, "50e9"),
     (("ppo.entropy_coef",), "0: an entropy bonus is not supported", lambda x: x == 0, "0"),
 ]
 
@@ -128,7 +139,15 @@ def check(config: Config, world: int, verb: str = "") -> None:
     """
     failures = [*_words(config), *_bounds(config)]
     # the rules across fields divide by numbers that must first be in their bounds
-    across = (_shapes(config), _lengths(config), _counts(config), _layouts(config, world), _draws(config, verb))
+    across: tuple[Iterator[str], ...]
+    if verb == "plan":  # of a reshard: the other roles and the data have no say
+        across = (_shape("model", config.model), _layouts(config, world, ("policy", "generate")))
+    else:
+        across = (
+            *(_shape(name, getattr(config, name)) for name in _MODELS),
+            *(_tokenizer(config), _lengths(config), _counts(config)),
+            *(_layouts(config, world, tuple(_ROLES)), _draws(config, verb)),
+        )
     failures = failures or [sentence for sentences in across for sentence in sentences]
     if failures:
         head = "" if len(failures) == 1 else f"{len(failures)} settings do not fit:\n  "
@@ -165,31 +184,32 @@ def _draws(config: Config, verb: str) -> Iterator[str]:
                 )
 
 
-def _shapes(config: Config) -> Iterator[str]:
-    for name in _MODELS:
-        model: Model = getattr(config, name)
-        if model.hidden % model.heads:
-            yield (
-                f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
-                f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
-            )
-        elif model.style == "llama" and model.hidden // model.heads % 2:
-            yield (
-                f"{name}.hidden={model.hidden} over {name}.heads={model.heads} gives heads of odd width, which cannot "
-                f"rotate; write for example {name}.hidden={_up(model.hidden, 2 * model.heads)}"
-            )
-        if model.heads % model.groups:
-            yield (
-                f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
-                f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
-            )
-        if model.rope.high <= model.rope.low:
-            yield (
-                f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "
-                f"write for example {name}.rope.high={4 * model.rope.low:g}"
-            )
-        if model.style == "llama" and model.rope.base <= 1:
-            yield f"{name}.rope.base={model.rope.base:g} must be above 1; write for example {name}.rope.base=10000"
+def _shape(name: str, model: Model) -> Iterator[str]:
+    if model.hidden % model.heads:
+        yield (
+            f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
+            f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
+        )
+    elif model.style == "llama" and model.hidden // model.heads % 2:
+        yield (
+            f"{name}.hidden={model.hidden} over {name}.heads={model.heads} gives heads of odd width, which cannot "
+            f"rotate; write for example {name}.hidden={_up(model.hidden, 2 * model.heads)}"
+        )
+    if model.heads % model.groups:
+        yield (
+            f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
+            f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
+        )
+    if model.rope.high <= model.rope.low:
+        yield (
+            f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "
+            f"write for example {name}.rope.high={4 * model.rope.low:g}"
+        )
+    if model.style == "llama" and model.rope.base <= 1:
+        yield f"{name}.rope.base={model.rope.base:g} must be above 1; write for example {name}.rope.base=10000"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
     if config.reward_model.vocabulary != config.model.vocabulary:
         yield (
             f"reward_model.vocabulary={config.reward_model.vocabulary} differs from model.vocabulary="
@@ -229,7 +249,7 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _counts(config: Config) -> Iterator[str]:
     ppo, rank, sampling, scale = config.ppo, config.rank, config.sampling, config.adam.loss_scale
-    if sampling.groups > sampling.batch:
+    if sampling.groups > sampling.batch > 0:
         yield (
             f"sampling.groups={sampling.groups} is more than the rows to share out, sampling.batch={sampling.batch}; "
             f"write for example sampling.groups={sampling.batch}"
@@ -265,8 +285,9 @@ def _counts(config: Config) -> Iterator[str]:
             )
 
 
-def _layouts(config: Config, world: int) -> Iterator[str]:
-    for role, model_name in _ROLES.items():
+def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
+    for role in roles:
+        model_name = _ROLES[role]
         words = getattr(config.layout, role)
         try:
             layout = Layout.parse(words, world)
@@ -279,6 +300,12 @@ def _layouts(config: Config, world: int) -> Iterator[str]:
         if role == "generate" and layout.sp:
             yield f"layout.generate='{words}' asks for sequence parallelism, useless for generation; leave sp out"
         yield from _splits(f"layout.{role}='{words}'", layout, model_name, getattr(config, model_name))
+    policy, reference = (" ".join(sorted(words.split())) for words in (config.layout.policy, config.layout.reference))
+    if config.reshard.share_reference and policy != reference:
+        yield (
+            f"reshard.share_reference=true puts the reference in the policy's place, layout.reference="
+            f"'{config.layout.reference}' is another one; write 'layout.reference={config.layout.policy}'"
+        )
 
 
 def _splits(words: str, layout: Layout, name: str, model: Model) -> Iterator[str]:

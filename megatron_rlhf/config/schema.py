@@ -269,7 +269,7 @@ class Sampling:
     max_tokens: int = 1024
     """Longest response, the end token included."""
     batch: int = 256
-    """Sequences a replica decodes together."""
+    """Sequences a replica decodes together; 0 is as many as fit in the memory that is free."""
     top_k: int = 0
     """Verb sample only: draw from the k likeliest tokens; 0 means all."""
     top_p: float = 1.0
@@ -349,6 +349,24 @@ class Ppo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reshard:
+    """The switch between the policy's train and generate layout; no setting changes what a run computes."""
+
+    staging_mb: int = 128
+    """MiB through which weights travel that do not lie in one piece."""
+    proof: str = "always"
+    """Whether a digest of all weights is compared after every switch: always or never."""
+    check: bool = False
+    """Whether a checksum travels with every message; to find out which one is at fault."""
+    park_optimizer: bool = False
+    """Whether fp32 main weights, moments and the average wait in host memory while the policy generates."""
+    share_reference: bool = False
+    """Whether the reference waits in host memory and takes the policy's place to be read; it needs its layout."""
+    node: int = 0
+    """GPUs that NVLink joins; 0 is what the launcher says, else 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
     """The win rate and its interval."""
 
@@ -370,6 +388,23 @@ class Checkpoint:
     """auto goes on from the newest checkpoint of the run's folder, never starts anew."""
     pretrained: str = ""
     """Folder of pretrained weights; empty means what `pretrain` wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The machines that a plan is made for, an H100's by default; a run itself asks the machine it is on.
+
+    Rank r is on node r // `node`; speeds are one way, of one GPU.
+    """
+
+    node: int = 8
+    """GPUs a node."""
+    nvlink: float = 450e9
+    """Bytes a second to the other GPUs of its node."""
+    nic: float = 50e9
+    """Bytes a second to other nodes."""
+    memory: float = 80e9
+    """Bytes of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,5 +443,9 @@ class Config:
     """PPO."""
     evaluate: Evaluate
     """Evaluation."""
+    reshard: Reshard = field(default_factory=Reshard)
+    """The phase switch."""
     checkpoint: Checkpoint
     """Saving and resuming."""
+    cluster: Cluster = field(default_factory=Cluster)
+    """What a plan is made for."""

@@ -14,10 +14,11 @@ _SPAN = re.compile(r"^@\d+-(\d+)$")
 
 def needed(layouts: Layouts) -> int:
     """The ranks of the largest role: what its degrees multiply to, or the end of its range of ranks."""
-    return max(_ranks(words) for words in astuple(layouts))
+    return max(ranks(words) for words in astuple(layouts))
 
 
-def _ranks(words: str) -> int:
+def ranks(words: str) -> int:
+    """What the degrees of `words` multiply to, or the end of its range of ranks."""
     spans = [int(match[1]) + 1 for word in words.split() if (match := _SPAN.match(word))]
     degrees = [int(match[1]) for word in words.split() if (match := _DEGREE.match(word))]
     return max(1, *spans, math.prod(degrees))

@@ -5,13 +5,13 @@ B sequences of the whole batch, b sequences of a group, R response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_rlhf.batch import Prompts, Rollout, Rows
-from megatron_rlhf.generate import scheduler
+from megatron_rlhf.generate import room, scheduler
 from megatron_rlhf.generate.group import Answers, Group
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.models.transformer import Network
@@ -21,12 +21,16 @@ from megatron_rlhf.parallel import collectives
 class Generator:
     """Draws responses from a network in the generate layout."""
 
-    def __init__(self, network: Network, *, end: int, rows: int, groups: int = 0) -> None:
-        """`end` closes a response; `rows` sequences of a replica are decoded together, in `groups` (0: one a stage)."""
+    def __init__(
+        self, network: Network, *, end: int, rows: int, groups: int = 0, ready: Callable[[], None] | None = None
+    ) -> None:
+        """`end` closes a response; `rows` sequences of a replica are decoded together (0: as many as fit in the free
+        memory), in `groups` (0: one a stage). `ready` is asked before anything is drawn, and raises if it is not."""
         self.network = network
         self.end = end
         self.rows = rows
-        self.groups = min(groups or network.grid.layout.pp, rows)
+        self.groups = groups or network.grid.layout.pp
+        self.ready = ready
         for chunk in network.chunks:
             chunk.eval()
 
@@ -36,13 +40,18 @@ class Generator:
 
         Responses end with the end token or after `max_tokens`; `ended_B` tells which.
         """
-        grid = self.network.grid
+        if self.ready is not None:
+            self.ready()
+        grid, rows = self.network.grid, self.rows
+        if rows == 0:
+            rows = room.rows(self.network, int(prompts.lengths_B.max()), max_tokens, self.groups)
+        together = min(self.groups, rows)
         answers, index = Answers.empty(0, max_tokens), torch.zeros(0, dtype=torch.int64)
         if grid.inside:
             order = torch.argsort(prompts.lengths_B, descending=True, stable=True)
-            parts = _parts(order[grid.dp_rank :: grid.layout.dp], self.rows, self.groups)
+            parts = _parts(order[grid.dp_rank :: grid.layout.dp], rows, together)
             groups = (Group(self.network, prompts, sequence_b, max_tokens, self.end) for sequence_b in parts)
-            done = scheduler.run(self.network, groups, self.groups, draw_as)
+            done = scheduler.run(self.network, groups, together, draw_as)
             if done and grid.speaks:
                 index = torch.cat([group.sequence_b for group in done])
                 answers = Answers.joined([group.answers for group in done])

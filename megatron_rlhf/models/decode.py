@@ -65,6 +65,14 @@ class Cache:
             attention.cache = None
 
 
+def drop(network: Network) -> None:
+    """Free whatever cache hangs in the stages of `network`; they attend without one until another is activated."""
+    for chunk in network.chunks:
+        for module in chunk.modules():
+            if isinstance(module, CoreAttention):
+                module.cache = None
+
+
 def prefill(stage: GPTModel, tokens_bP: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
     """The stage's output for whole prompts: hidden [P, b, h], or on the last stage logits [b, 1, V/tp] at each row's
     last prompt token."""

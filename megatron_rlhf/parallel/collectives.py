@@ -126,6 +126,13 @@ def gather_objects(value: object) -> list[Any]:
     return found
 
 
+def least(value: int) -> int:
+    """The smallest of every rank's `value`. Collective: world."""
+    smallest = torch.tensor(value, dtype=torch.int64, device=device())
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def total(value: float) -> float:
     """The sum of every rank's `value`, in double precision. Collective: world."""
     summed = torch.tensor(value, dtype=torch.float64, device=device())

@@ -10,19 +10,24 @@ from torch import Tensor
 from megatron_rlhf.algorithms import kl
 from megatron_rlhf.batch import Annotated, Experience, Rollout
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.recipes.judge import CHITCHAT, gold_preference, texts
 from megatron_rlhf.recipes.session import Session
+from megatron_rlhf.reshard import drift
+from megatron_rlhf.train.engine import Engine
 
 RATIO_LIMIT = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 """fp16 rounds 8 times finer than bf16."""
 
 
 def episodes(experience: Experience) -> Stats:
-    """KL, score, reward, length, share with end token (a response each) and drift, mean exp|Δ log-prob| (a token)."""
+    """KL, score, reward, length, share with end token (a response each) and drift, mean exp|Δ log-prob| (a token)
+    with the quantiles of |Δ log-prob|."""
     annotated, rollout, mask_BR = experience.annotated, experience.annotated.rollout, experience.mask_BR
     old_BR, reference_BR = annotated.old_logprobs_BR, annotated.reference_logprobs_BR
-    apart_BR = (old_BR - rollout.drawn_logprobs_BR[:, : old_BR.shape[1]]).abs().exp()
+    apart_BR = _apart_BR(annotated)
+    tail = {f"drift.{name}": value for name, value in drift.quantiles(apart_BR, mask_BR).items()}
     count, tokens = len(experience), _sum(mask_BR)
     return Stats.of(
         kl=(_sum(kl.estimate(old_BR, reference_BR, "k1") * mask_BR), count),
@@ -31,10 +36,23 @@ def episodes(experience: Experience) -> Stats:
         reward=(_sum(experience.rewards_BR), count),
         response_length=(tokens, count),
         end_share=(_sum(rollout.ended_B), count),
-        drift=(_sum(apart_BR * mask_BR), tokens),
+        drift=(_sum(apart_BR.exp() * mask_BR), tokens),
         advantage__square=(_sum(experience.advantages_BR**2), tokens),
         tokens=(_sum(experience.rows.lengths_B), 1),
+        **{name: (value, 1) for name, value in tail.items()},
     )
+
+
+def drifted(annotated: Annotated, policy: Engine, generate: Network) -> str:
+    """A sentence where the generate phase's log-probs are further from the train phase's than rounding explains, with
+    the layer at which the two networks part; "" where they are not. Before the next update. Collective: world."""
+    apart_BR, mask_BR = _apart_BR(annotated), annotated.mask_BR
+    found, limit = _sum(apart_BR.exp() * mask_BR) / _sum(mask_BR), drift.LIMIT[policy.network.model.precision]
+    if found <= limit:
+        return ""
+    worst = (apart_BR * mask_BR).nan_to_num(torch.inf).amax(1).topk(min(2, len(mask_BR))).indices
+    where = drift.bisect(policy, generate, annotated.rollout.rows.select(worst))
+    return f"log-probs drift by {found:.5g} between generating and training, {limit} is rounding; {where}"
 
 
 def judge(run: Session, tokenizer: Tokenizer) -> Callable[[Rollout], Stats]:
@@ -86,6 +104,12 @@ def first_ratio(checks: dict[str, float], stats: Stats, precision: str) -> None:
             f"the first minibatch has mean |ratio - 1| = {checks['first_ratio_error']:.3g}, {precision} allows "
             f"{RATIO_LIMIT[precision]}: old and new log-probs are not computed alike (dropout, temperature or padding)"
         )
+
+
+def _apart_BR(annotated: Annotated) -> Tensor:
+    """|Δ log-prob| of the train and the generate phase."""
+    old_BR = annotated.old_logprobs_BR
+    return (old_BR - annotated.rollout.drawn_logprobs_BR[:, : old_BR.shape[1]]).abs()
 
 
 def _sum(values: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from megatron_rlhf.algorithms import average, kl
 from megatron_rlhf.batch import Rollout, Rows
 from megatron_rlhf.checkpoint import weights
+from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Config, Ppo
 from megatron_rlhf.data.pretraining import PretrainingStream
 from megatron_rlhf.data.prompts import PromptStream
@@ -25,12 +26,15 @@ from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.recipes import losses, measures, session
 from megatron_rlhf.recipes.loop import rate
 from megatron_rlhf.recipes.session import Session
-from megatron_rlhf.reshard.switch import generating
+from megatron_rlhf.reshard import grouping, switch
+from megatron_rlhf.reshard.layout import specs
+from megatron_rlhf.reshard.switch import Bridge, generating
 from megatron_rlhf.rollout.annotate import annotate
 from megatron_rlhf.rollout.credit import credit
 from megatron_rlhf.rollout.sample import sample
 from megatron_rlhf.rollout.score import score
 from megatron_rlhf.train.engine import Engine
+from megatron_rlhf.train.offload import Lodger
 
 STAGE = "ppo"
 START = "rl_start"
@@ -38,14 +42,14 @@ START = "rl_start"
 
 @dataclass(slots=True)
 class Run:
-    """The four roles, the generate copy, the streams and the KL coefficient of one PPO run."""
+    """The four roles, the bridge to the generate copy, the streams and the KL coefficient of one PPO run."""
 
     session: Session
     policy: Engine
     reference: Engine
     value: Engine
     reward: Engine
-    generate: Network
+    bridge: Bridge
     prompts: PromptStream
     text: PretrainingStream
     tokenizer: Tokenizer
@@ -53,6 +57,7 @@ class Run:
     judge: Callable[[Rollout], Stats]
     iteration: int = 0
     checks: dict[str, float] = field(default_factory=dict)
+    drifted: bool = False
 
     @property
     def ppo(self) -> Ppo:
@@ -86,7 +91,7 @@ def step(run: Run) -> Stats:
     sampling, end = run.session.config.sampling, run.tokenizer.end
     prompts = run.prompts.take(ppo.episodes)
     with clock("generate"), generating(
-        run.policy, run.generate, end=end, rows=sampling.batch, groups=sampling.groups
+        run.bridge, end=end, rows=sampling.batch, groups=sampling.groups
     ) as generator:
         rollout = sample(generator, prompts, sampling, seed=seed, iteration=run.iteration)
     with clock("score"):
@@ -94,6 +99,9 @@ def step(run: Run) -> Stats:
     with clock("annotate"):
         annotated = annotate(rollout, run.policy, run.reference, run.value)
     measures.first_kl(run.checks, annotated, same=run.same_layout)
+    if not run.drifted and (found := measures.drifted(annotated, run.policy, run.bridge.network)):
+        run.drifted = True
+        run.session.log.say(f"{STAGE}: iteration {run.iteration}: {found}")
     experience = credit(annotated, ppo, kl_coef=run.kl.coef)
     stats = measures.episodes(experience) + run.judge(rollout)
 
@@ -141,7 +149,7 @@ def train(run: Session) -> dict[str, float]:
             seconds = {name: round(value, 3) for name, value in run.timer.take().items()}
             measured = {name: measured.get(name, 0.0) + value for name, value in seconds.items()}
             tokens_per_second = stats["tokens"] / (time.monotonic() - began)
-            row = {**last, "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
+            row = {**last, **switched(ppo), "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
             run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
             progress.advance(f"score {last['score']:.3f}, KL {last['kl']:.3f}, drift {last['drift']:.6f}")
             if run.stop.requested():
@@ -160,17 +168,21 @@ def prepared(run: Session) -> Run:
 
     dropout = config.ppo.dropout
     policy = _loaded(run, run.network(config.model, layout.policy, dropout=dropout), START)
-    reference = _loaded(run, run.network(config.model, layout.reference), START)
     value = _loaded(run, run.network(config.reward_model, layout.value, scalar=True, dropout=dropout), "reward")
     reward = _loaded(run, run.network(config.reward_model, layout.reward, scalar=True), "reward")
     adam, compute = config.adam, config.compute
+    learner = Engine(policy, read, compute, adam=adam, learning=config.ppo.policy, averaged=True, seed=seed)
+    if config.reshard.share_reference:
+        reference: Engine = Lodger(learner, read, compute)
+    else:
+        reference = Engine(_loaded(run, run.network(config.model, layout.reference), START), read, compute)
     return Run(
         session=run,
-        policy=Engine(policy, read, compute, adam=adam, learning=config.ppo.policy, averaged=True, seed=seed),
-        reference=Engine(reference, read, compute),
+        policy=learner,
+        reference=reference,
         value=Engine(value, roles.values(), compute, adam=adam, learning=config.ppo.value, seed=seed),
         reward=Engine(reward, roles.scores(), config.compute),
-        generate=run.network(config.model, layout.generate),
+        bridge=switch.build(learner, run.network(config.model, _generate(run)), config.reshard),
         prompts=PromptStream.load(
             run.data / "prompts.train.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=seed
         ),
@@ -181,6 +193,23 @@ def prepared(run: Session) -> Run:
     )
 
 
+def switched(run: Run) -> dict[str, float]:
+    """What the last phase switch cost, under the names of log.jsonl; nothing before the first."""
+    cost = run.bridge.cost
+    return {f"reshard.{name}": value for name, value in asdict(cost).items()} if cost else {}
+
+
+def _generate(run: Session) -> Layout:
+    """The generate layout, its slots dealt to the ranks that hold most of them in the policy's layout, unless its
+    words choose an order or other ranks."""
+    words, model = run.config.layout, run.config.model
+    policy, target = run.layout(words.policy), run.layout(words.generate)
+    if "order=" in words.generate or (policy.first, policy.size) != (target.first, target.size):
+        return target
+    tensors = specs(model, run.rows(model))
+    return grouping.grouped(policy, target, tensors, tensors)
+
+
 def _loaded(run: Session, network: Network, stage: str) -> Network:
     weights.load(network, run.weights(stage))
     return network
@@ -188,7 +217,8 @@ def _loaded(run: Session, network: Network, stage: str) -> Network:
 
 def _publish(run: Run, last: dict[str, float]) -> None:
     """Write the weights that evaluation reads, the average or the live ones, and say which. Collective: world."""
-    folder, extra = run.session.weights(STAGE), {"iterations": run.iteration, "checks": run.checks, "last": last}
+    folder = run.session.weights(STAGE)
+    extra = {"iterations": run.iteration, "checks": run.checks, "last": last, "reshard": switched(run)}
     if run.ppo.evaluate_average:
         with run.policy.averaged():
             weights.save(run.policy.network, folder, {"which": "average", **extra})

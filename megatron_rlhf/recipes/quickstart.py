@@ -103,6 +103,7 @@ def _report(run: Session, seconds: float, memory: int) -> None:
             **trained["checks"],
             **trained["last"],
         },
+        "reshard": {name.removeprefix("reshard."): value for name, value in trained["reshard"].items()},
         "evaluation": evaluation,
         "seconds": {**stages, "total": round(sum(stages.values()), 1), "this_launch": round(seconds, 1)},
         "memory_bytes": memory,

@@ -15,7 +15,7 @@ from megatron_rlhf.checkpoint import resume
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.load import digest
 from megatron_rlhf.config.rules import check
-from megatron_rlhf.config.schema import Checkpoint, Config, Model
+from megatron_rlhf.config.schema import Checkpoint, Cluster, Config, Model, Reshard
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
@@ -82,18 +82,26 @@ class Session:
             self.log.say(f"{stage}: done before, see {self.weights(stage)}; checkpoint.resume=never trains anew")
         return there
 
-    def network(self, model: Model, words: str, *, scalar: bool = False, dropout: float = 0.0) -> Network:
-        """A network of `model` under the layout `words` with its initial weights. Collective: world."""
+    def layout(self, words: str) -> Layout:
+        """The layout that `words` name in this world."""
+        return Layout.parse(words, collectives.world_size())
+
+    def network(self, model: Model, layout: Layout | str, *, scalar: bool = False, dropout: float = 0.0) -> Network:
+        """A network of `model` under `layout`, or the words of one, with its initial weights. Collective: world."""
         return transformer.build(
             model,
-            grid.build(Layout.parse(words, collectives.world_size())),
-            rows=transformer.padded(model.vocabulary, _multiple(self.config)),
+            grid.build(self.layout(layout) if isinstance(layout, str) else layout),
+            rows=self.rows(model),
             seed=self.config.seed,
             scalar=scalar,
             dropout=dropout,
             recompute=self.config.compute.recompute,
             engine=self.config.compute.transformer_engine,
         )
+
+    def rows(self, model: Model) -> int:
+        """Rows of the vocabulary of `model`, padded for every layout of the run."""
+        return transformer.padded(model.vocabulary, _multiple(self.config))
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
         """Write the run's state after `step` of a stage. Collective: world."""
@@ -135,4 +143,4 @@ def _multiple(config: Config) -> int:
 
 def _digest(config: Config) -> str:
     """The settings that change what a run computes."""
-    return digest(replace(config, out="", checkpoint=Checkpoint()))
+    return digest(replace(config, out="", checkpoint=Checkpoint(), cluster=Cluster(), reshard=Reshard()))

@@ -47,6 +47,8 @@ class Engine:
         self.learning = learning
         self.seed = seed
         self.updates = 0
+        self.lent = False
+        """Whether another role's weights are in the place of these (train/offload.py)."""
         self._passes = 0
         self._followed = 0
         self.optimizer: Optimizer | None = None
@@ -59,8 +61,14 @@ class Engine:
             if averaged:
                 self.average = Average(self.optimizer)
 
+    @property
+    def open(self) -> bool:
+        """Whether gradients have been accumulated since the last update."""
+        return self._passes > 0
+
     def forward(self, batch: Batch, read: Read | None = None) -> Tensor:
         """What `read` finds for every element of the batch, on every rank, fp32. Collective: world."""
+        self.present()
         read = read or self.read
         rows = batch.rows
         each = len(rows) // len(batch)
@@ -85,9 +93,12 @@ class Engine:
         """
         if len(batch) == 0:
             return Stats()
+        self.present()
         stats = Stats()
+        self._passes += 1
         if self.network.grid.inside:
             assert self.optimizer is not None, "a frozen role does not learn"
+            self.optimizer.present()
             compute = self.compute
             calls = cut(
                 batch,
@@ -97,7 +108,6 @@ class Engine:
                 packed=packable and compute.packing,
                 pack_tokens=compute.pack_tokens,
             )
-            self._passes += 1
             self.network.grid.seed(self.seed + 7919 * self._passes + 104729 * self.updates)
 
             def finish(output: Tensor, part: Part) -> tuple[Tensor, Tensor, Stats]:
@@ -116,6 +126,7 @@ class Engine:
         finite, in fp16 only where a smaller loss scale does not help.
         """
         assert self.learning is not None
+        self.present()
         rate, found = self.learning.rate * multiplier, torch.zeros(3, dtype=torch.float64, device=device())
         if self.optimizer is not None:
             taken = self.optimizer.step(rate)
@@ -151,6 +162,7 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What a resumed engine needs, as it lies on this rank."""
+        self.present()
         return {
             "updates": self.updates,
             "followed": self._followed,
@@ -166,6 +178,11 @@ class Engine:
         if self.average:
             for shard, saved in zip(self.average.shards, state["average"], strict=True):
                 shard.copy_(saved)
+
+    def present(self) -> None:
+        """Raises RuntimeError while another role's weights are in the place of these."""
+        if self.lent:
+            raise RuntimeError("another role's weights are in this role's place; leave its `with resident(role)` first")
 
     def _read(self, read: Read, output: Tensor, part: Part) -> Tensor:
         return read.of(self.network, output, part.rows, part.width)

@@ -45,6 +45,8 @@ class Optimizer:
         self.clip = adam.clip
         self.loss_scale = adam.loss_scale
         self.stuck = 0
+        self.away = False
+        """Whether gradient buffers, and perhaps main weights and moments, have left the device (train/offload.py)."""
         config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         groups = network.grid.groups
         self.stages = [
@@ -68,6 +70,7 @@ class Optimizer:
             params_dtype=network.config.params_dtype,
             use_distributed_optimizer=True,
         )
+        self.hosted = adam.host
         if adam.host:
             host.announce(settings)
         self.inner = get_megatron_optimizer(settings, self.stages, use_gloo_process_groups=False, pg_collection=groups)
@@ -87,15 +90,33 @@ class Optimizer:
 
     def zero(self) -> None:
         """Empty the gradient buffers."""
+        self.present()
         for stage in self.stages:
             stage.zero_grad_buffer()
         self.inner.zero_grad()
+
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient buffers."""
+        return [buffer.grad_data for stage in self.stages for buffer in stage.buffers + stage.expert_parallel_buffers]
+
+    def present(self) -> None:
+        """Raises RuntimeError while gradients or state are away from the device."""
+        if self.away:
+            raise RuntimeError(
+                "gradient buffers and optimizer state have left the device for the generate phase; leave it first"
+            )
+
+    def sync(self) -> None:
+        """Gather the weights of the last step on every replica; more often than once does no harm. Collective: dp."""
+        for stage in self.stages:
+            stage.start_param_sync(force_sync=True)
 
     def finalise(self) -> None:
         """Reduce the accumulated gradients over replicas, tied embeddings and sequence-parallel weights, once.
 
         Collective: dp, tp, pp.
         """
+        self.present()
         finalize_model_grads(self.stages, None, pg_collection=self.network.grid.groups)
 
     def step(self, rate: float) -> Taken:
@@ -135,6 +156,7 @@ class Optimizer:
 
     def adams(self) -> list[torch.optim.Optimizer]:
         """The optimizers that hold main weights and moments, on the device or on the host."""
+        self.present()
         inners = [optimizer.optimizer for optimizer in self.inner.chained_optimizers]
         return [inner.adam if _hosted(inner) else inner for inner in inners]
 
@@ -144,16 +166,17 @@ class Optimizer:
 
     def publish(self) -> None:
         """Write the main weights into the model and gather them over replicas. Collective: dp."""
+        self.present()
         for optimizer in self.inner.chained_optimizers:
             if _hosted(optimizer.optimizer):
                 optimizer.optimizer.publish()
             else:
                 optimizer._copy_main_params_to_model_params()
-        for stage in self.stages:
-            stage.start_param_sync(force_sync=True)
+        self.sync()
 
     def reload(self) -> None:
         """Take the model's weights as the main weights, after they were written from outside."""
+        self.present()
         for optimizer in self.inner.chained_optimizers:
             if _hosted(optimizer.optimizer):
                 optimizer.optimizer.reload()

@@ -15,18 +15,20 @@ STEP = {
     "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_JOB_ID": "42",
     "SLURM_STEP_ID": "3",
     "SLURM_STEP_NODELIST": "gpu[07-08,11]-ib,login",
     "SLURM_JOB_NODELIST": "gpu[01-11]-ib",
 }
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
+MACHINE = {"LOCAL_WORLD_SIZE": "2"}
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment that names no place."""
-    for name in (*STEP, *TORCHRUN):
+    for name in (*STEP, *TORCHRUN, *MACHINE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,6 +53,23 @@ def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, TORCHRUN)
     assert env.launched()
     assert (*place(), env.master_port()) == (3, 4, 1, "host", 1234)
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({}, 0),
+        (TORCHRUN, 0),
+        (TORCHRUN | MACHINE, 2),
+        (STEP, 4),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "8"}, 8),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, 0),
+    ],
+)
+def test_ranks_of_this_machine(variables: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the launcher says, 0 where it does not or where machines differ."""
+    given(monkeypatch, variables)
+    assert env.local_world_size() == ranks
 
 
 def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:

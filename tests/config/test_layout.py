@@ -40,6 +40,12 @@ def test_words_become_degrees(words: str, world: int, layout: Layout) -> None:
         ("tp2 pp2 @0-2", 4, "tp2 pp2 dp1 is 4 ranks, the range @0-2 has 3"),
         ("tp2 @3-4", 4, "'tp2 @3-4' spans ranks 3-4, the world has 4"),
         ("tp2 @3-2", 4, "'tp2 @3-2' spans ranks 3-2, the world has 4"),
+        (
+            "tp2 order=planned",
+            4,
+            "'order=planned' in 'tp2 order=planned' is what a planned layout is printed as and cannot be asked for; "
+            "leave it out, or write order=tp-dp-pp",
+        ),
         ("order=dp-tp-pp", 4, "rank order 'dp-tp-pp' in 'order=dp-tp-pp' is unknown; write one of tp-dp-pp, tp-pp-dp"),
     ],
 )
@@ -80,3 +86,21 @@ def test_coordinates_are_a_bijection(order: str) -> None:
     assert layout.rank(1, 0, 0) == layout.rank(0, 0, 0) + 1
     neighbour = layout.rank(0, 0, 1) if order == "tp-dp-pp" else layout.rank(0, 1, 0)
     assert neighbour == layout.rank(0, 0, 0) + 2
+
+
+def test_places_stand_in_for_the_order() -> None:
+    """Slot by slot the rank that was dealt to it, there and back; printed as planned, whatever the order was."""
+    layout = Layout(tp=2, dp=2, first=4, order="tp-pp-dp", places=(6, 4, 5, 7))
+    slots = [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert [layout.rank(*slot) for slot in slots] == [6, 4, 5, 7]
+    assert [layout.coordinate(rank) for rank in (6, 4, 5, 7)] == slots
+    assert (layout.coordinate(3), layout.coordinate(8)) == (None, None)
+    assert str(layout) == "tp2 pp1 dp2 order=planned"
+    assert len({layout, Layout(tp=2, dp=2, first=4, order="tp-pp-dp", places=(6, 4, 5, 7)), Layout(tp=2)}) == 2
+
+
+@pytest.mark.parametrize("places", [(0, 1), (0, 1, 2, 2), (1, 2, 3, 4)])
+def test_places_are_every_rank_once(places: tuple[int, ...]) -> None:
+    """Too few, one twice, and one of another range."""
+    with pytest.raises(LayoutError, match="the places of 'tp2 pp1 dp2 order=planned' must be each of its 4 ranks once"):
+        Layout(tp=2, dp=2, places=places)

@@ -175,13 +175,14 @@ def shards(role: Engine, pick: Callable[[Tensor], Tensor | None]) -> dict[str, T
 
 
 def gathered(role: Engine, local: Tensors) -> dict[str, Tensor]:
-    """Full tensors from `shards`: added over replicas, put together over tp and stages. Collective: world."""
+    """Full fp32 tensors from `shards`: added over replicas, put together over tp and stages. Collective: world."""
     mine: dict[str, Any] = {}
     if role.network.grid.groups is not None:
         for name, parameter in role.network.parameters.items():
             mine[name] = local[name].clone() if name in local else torch.zeros(parameter.shape)
             dist.all_reduce(mine[name], group=role.network.grid.groups.dp)
-    return weights(replace(role.network, parameters=mine))
+    fp32 = {name: replace(entry, dtype=torch.float32) for name, entry in role.network.directory.items()}
+    return weights(replace(role.network, parameters=mine, directory=fp32))
 
 
 def plain_gradients(built: Network, read: roles.Read, terms: Sequence[tuple[Any, Any, float]]) -> dict[str, Tensor]:

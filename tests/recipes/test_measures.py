@@ -61,6 +61,7 @@ def test_episodes_count_responses_and_tokens() -> None:
     assert stats["score"] == 0.5 and stats["reward"] == 0.5
     assert stats["response_length"] == 2.5 and stats["end_share"] == 0.5
     assert stats["drift"] == pytest.approx(math.exp(0.125))
+    assert [stats[f"drift.{name}"] for name in ("p50", "p90", "p99", "max")] == [0.125] * 4
     assert stats["advantage.square"] == 1.0
     assert measures.named(stats, "policy")["kl.policy"] == stats["kl"]
     doubled = measures.episodes(replace(made, rewards_BR=2 * rewards_BR))

@@ -24,14 +24,13 @@ from torch import Tensor
 from megatron_rlhf.algorithms import average
 from megatron_rlhf.batch import Rows
 from megatron_rlhf.checkpoint import weights
-from megatron_rlhf.config.schema import Adam, Learning, LossScale, Ppo
+from megatron_rlhf.config.schema import Adam, Learning, LossScale, Ppo, Reshard
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.models import roles
 from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.recipes import losses, measures, ppo
 from megatron_rlhf.recipes.loop import Lesson, learn, rate
-from megatron_rlhf.reshard import move
-from megatron_rlhf.reshard.switch import generating
+from megatron_rlhf.reshard import move, switch
 from megatron_rlhf.train.engine import Engine
 from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
@@ -215,7 +214,9 @@ def test_ppo_starts_at_ratio_one_and_kl_zero(words: str, precision: str) -> None
     move.copy(policy.network, reference)
     rows = tiny.rows()
     assert torch.equal(tiny.learner(reference).forward(rows), policy.forward(rows))
-    with generating(policy, tiny.network("tp2 dp2", model, seed=78), end=2, rows=8) as generator:
+    policy.update()
+    bridge = switch.build(policy, tiny.network("tp2 dp2", model, seed=78), Reshard())
+    with switch.generating(bridge, end=2, rows=8) as generator:
         rollout = generator.sample(tiny.prompts(8), Draw(seed=3), 12)
     mask_BR = rollout.rows.response_mask_BR(rollout.rows.width)
     apart_BR = (policy.forward(rollout.rows) - rollout.drawn_logprobs_BR[:, : rollout.rows.width]).abs().exp()
