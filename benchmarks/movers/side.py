@@ -92,8 +92,10 @@ class Side:
         }
 
     def steady(self, name: str) -> dict[str, float]:
-        """Seconds of one run more. Collective: world."""
-        return {"seconds": _timed(self.ways[name].run)}
+        """Seconds of one run more, and of the proof where there is one. Collective: world."""
+        way = self.ways[name]
+        found = {"seconds": _timed(way.run)}
+        return found | {"proof": _most(way.proof())} if isinstance(way, Ours) else found
 
     def last(self, name: str) -> dict[str, float]:
         """Memory of one run more: what the way keeps between runs and what it takes in one. Collective: world."""

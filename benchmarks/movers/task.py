@@ -23,7 +23,7 @@ class Task:
     heads: int = 16
     vocabulary: int = 8192
     context: int = 1024
-    staging: int = 32 << 20
+    staging: int = 64 << 20
     turns: int = 5
 
     @property
