@@ -1,4 +1,4 @@
-"""Weights from the train into the generate layout: seconds, bytes and memory, beside Megatron-Core 0.16.1 and gathering.
+"""Weights from the train into the generate layout: seconds, bytes and memory, beside Megatron-Core and gathering.
 
     pip install torch==2.13.0 && pip install -e '.[bench]'
     python benchmarks/reshard.py [--json FILE] [--turns N] [--toy]
@@ -20,8 +20,8 @@ above the two networks, of the rank that has most: what a side keeps between run
 is checked against a known allocation first. `networks` are both networks' weights: ours lets the target share what is
 the same on a rank. `proof` is what the product adds to each move: a digest of all weights of both networks, compared;
 `reshard.proof=never` leaves it out. `ratio` > 1 means ours is better; `floor` is, for seconds, how long this machine's
-gloo takes for the same bytes between the same ranks in large messages and nothing else, measured in the same processes
-just before; for bytes, what a rank needs and does not hold.
+gloo takes for the same bytes between the same ranks in messages of 64 MiB and nothing else, in turns with the sides;
+for bytes, what a rank needs and does not hold.
 
 What is not equal:
 * The rivals' target is a second network beside ours, of the same layout: ours takes over its target's memory (one flat
@@ -42,14 +42,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import result
 from benchmarks.harness.result import Row
 from benchmarks.harness.turns import Contestant
-from benchmarks.movers.task import SIDES, Task
+from benchmarks.movers.task import FLOOR, SIDES, Task
 
 MIB = 2**20
 RIVALS = {"megatron": "Megatron-Core 0.16.1", "gathered": "gather, then slice"}
@@ -65,9 +64,8 @@ Turn = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the sides of one task gave in their turns, and the floor in seconds."""
+    """What the sides of one task gave in their turns, and the machine in the steady ones."""
 
-    floor: float
     first: Turn
     steady: list[Turn]
     last: Turn
@@ -77,7 +75,7 @@ def measure(task: Task) -> Measured:
     """All turns of one task; RuntimeError when a side leaves a parameter that is not bitwise right."""
     with Contestant("benchmarks.movers.side", [task.word()], ranks=task.ranks) as ranks:
         turns: list[Turn] = [ranks.turn() for _ in range(task.turns + 2)]
-        found = Measured(ranks.facts["floor"], turns[0], turns[1:-1], turns[-1])
+        found = Measured(turns[0], turns[1:-1], turns[-1])
     for name in SIDES:
         for when, turn in (("first", found.first), ("last", found.last)):
             if turn[name]["wrong"]:
@@ -87,28 +85,27 @@ def measure(task: Task) -> Measured:
 
 def rows(task: Task, found: Measured) -> list[Row]:
     """The rows of one task."""
-    bound = found.first["ours"]["bound"] / MIB
     case = f"{task.ranks} ranks, {task.source} -> {task.target}, {task.precision}"
-    made = []
-    for side, rival in RIVALS.items():
+    steady = {name: _median(found, name, "seconds") for name in (*SIDES, FLOOR)}
+    numbers: list[tuple[str, str, dict[str, float], float | None]] = [
+        ("first", "s", _of(found.first, "seconds", 1), None),
+        ("steady", "s", steady, steady[FLOOR]),
+        ("received", "MiB", _of(found.first, "received"), found.first["ours"]["bound"] / MIB),
+        ("sent", "MiB", _of(found.first, "sent"), None),
+        ("peak extra memory, first", "MiB", _of(found.first, "peak"), None),
+        ("peak extra memory", "MiB", _of(found.last, "peak"), None),
+        ("networks", "MiB", _of(found.first, "networks"), None),
+    ]
+    made = [
+        Row(case=case, metric=metric, unit=unit, ours=of["ours"], rival=rival, theirs=of[side], floor=floor)
+        for side, rival in RIVALS.items()
+        for metric, unit, of, floor in numbers
+    ]
+    return [*made, Row(case=case, metric="proof", unit="s", ours=_median(found, "ours", "proof"), rival="none has one")]
 
-        def row(metric: str, unit: str, numbers: dict[str, float], floor: float | None = None) -> Row:
-            return Row(
-                case=case, metric=metric, unit=unit, ours=numbers["ours"], rival=rival, theirs=numbers[side], floor=floor
-            )
 
-        steady = {name: statistics.median(turn[name]["seconds"] for turn in found.steady) for name in SIDES}
-        made += [
-            row("first", "s", _of(found.first, "seconds", 1)),
-            row("steady", "s", steady, found.floor),
-            row("received", "MiB", _of(found.first, "received"), bound),
-            row("sent", "MiB", _of(found.first, "sent")),
-            row("peak extra memory, first", "MiB", _of(found.first, "peak")),
-            row("peak extra memory", "MiB", _of(found.last, "peak")),
-            row("networks", "MiB", _of(found.first, "networks")),
-        ]
-    proof = statistics.median(turn["ours"]["proof"] for turn in found.steady)
-    return [*made, Row(case=case, metric="proof", unit="s", ours=proof, rival="none has one")]
+def _median(found: Measured, side: str, key: str) -> float:
+    return statistics.median(turn[side][key] for turn in found.steady)
 
 
 def _of(turn: Turn, key: str, unit: float = MIB) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Our side: the plan and the `Mover` that the product switches phases with, built as `reshard/switch.py` builds them."""
+"""Our side: the plan and the `Mover` that the product switches phases with, made as in `reshard/switch.py`."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from megatron_rlhf.config.schema import Model
 
 SIDES = ("ours", "megatron", "gathered")
+FLOOR = "loopback"
+"""Not a side: the machine without any program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
