@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 
-_MESSAGES = (16 << 20, 64 << 20)
+_MESSAGE = 64 << 20
 
 
 class Loopback:
-    """Buffers of what this rank exchanges with each peer, `traffic` being (sent, received) bytes by peer."""
+    """Large messages with every peer, `traffic` being (sent, received) bytes by peer.
+
+    All parts of all messages are sent from one buffer and received into one, so the memory they need is small.
+    """
 
     def __init__(self, traffic: Mapping[int, tuple[int, int]]) -> None:
-        """Allocates and touches the buffers and makes a group of its own. Collective: world."""
-        self.buffers = {
-            peer: (torch.ones(sent, dtype=torch.uint8), torch.ones(received, dtype=torch.uint8))
-            for peer, (sent, received) in sorted(traffic.items())
-        }
+        """Allocates and touches the buffers, makes a group of its own, and connects its ranks. Collective: world."""
+        self.traffic = dict(sorted(traffic.items()))
+        most = [max((pair[way] for pair in traffic.values()), default=0) for way in range(2)]
+        self.out, self.into = (torch.ones(min(_MESSAGE, size), dtype=torch.uint8) for size in most)
+        self.sent, self.received = (sum(pair[way] for pair in traffic.values()) for way in range(2))
         self.group = dist.new_group()
+        self.run()
 
-    def seconds(self, times: int = 5) -> float:
-        """Seconds of one exchange, the median of `times`, with the message size that is fastest. Collective: world."""
-        return min(self._median(message, times) for message in _MESSAGES)
-
-    def _median(self, message: int, times: int) -> float:
-        self._exchange(message)
-        return statistics.median(self._exchange(message) for _ in range(times))
-
-    def _exchange(self, message: int) -> float:
-        """All messages are posted at once, in both directions and with all peers."""
-        dist.barrier()
-        began = time.perf_counter()
+    def run(self) -> None:
+        """All messages are posted at once, in both directions and with all peers. Collective: the peers."""
         works = []
-        for peer, (out, into) in self.buffers.items():
-            works += [dist.isend(part, peer, group=self.group) for part in out.split(message) if len(part)]
-            works += [dist.irecv(part, peer, group=self.group) for part in into.split(message) if len(part)]
+        for peer, (sent, received) in self.traffic.items():
+            works += [dist.isend(self.out[:size], peer, group=self.group) for size in _parts(sent)]
+            works += [dist.irecv(self.into[:size], peer, group=self.group) for size in _parts(received)]
         for work in works:
             work.wait()
-        dist.barrier()
-        return time.perf_counter() - began
+
+
+def _parts(size: int) -> Iterator[int]:
+    for start in range(0, size, _MESSAGE):
+        yield min(_MESSAGE, size - start)

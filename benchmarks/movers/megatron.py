@@ -8,10 +8,13 @@ It needs no facade here. `parallel/cpu.py` gives its service a stream that does 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
 from megatron.core.resharding.refit import swap_model_weights
+from megatron.core.resharding.utils import ReshardPlan, TransferOp
 from torch import nn
 
 
@@ -38,11 +41,11 @@ class Megatron:
         return _bytes(getattr(self.source, "module", self.source), self._plan.send_ops)
 
     @property
-    def _plan(self):  # noqa: ANN202 - Megatron-Core's ReshardPlan
+    def _plan(self) -> ReshardPlan:
         return self.target._cached_reshard_plan
 
 
-def _bytes(module: nn.Module, operations: list) -> int:
+def _bytes(module: nn.Module, operations: Sequence[TransferOp]) -> int:
     parameters: dict[str, torch.Tensor] = dict(module.named_parameters())
     mine = dist.get_rank()
     return sum(

@@ -1,9 +1,9 @@
 """One rank: the source in Megatron's parameter buffer, a target for ours and one for the rivals, and their turns.
 
-Run as `python -m benchmarks.movers.side TASK`. A turn lets every side move the weights once, whoever was last first in
-the next turn. Before each, all ranks flip the sign of the source's weights, so that a target left as it was is seen.
-The first turn builds each side from nothing, the last one measures memory; after both every target parameter is
-compared, by checksum, with what the layout's own initialisation had put there.
+Run as `python -m benchmarks.movers.side TASK`. A turn lets every side move the weights once, and the machine the bare
+bytes, whoever was last first in the next turn. Before each, all ranks flip the sign of the source's weights, so that a target left as it was is seen.
+The first turn builds each side from nothing, the last one measures memory once more; after both every target parameter
+is compared, by checksum, with what the layout's own initialisation had put there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 import time
 import zlib
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,14 @@ from benchmarks.movers.gathered import Gathered
 from benchmarks.movers.loopback import Loopback
 from benchmarks.movers.megatron import Megatron
 from benchmarks.movers.ours import Ours
-from benchmarks.movers.task import SIDES, Task
+from benchmarks.movers.task import FLOOR, SIDES, Task
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel import collectives, cpu, grid
 from megatron_rlhf.reshard import grouping, layout, plan
+from megatron_rlhf.reshard.message import Piece, RankPlan
+from megatron_rlhf.reshard.topology import Cluster
 
 
 class Way(Protocol):
@@ -46,23 +48,22 @@ class Side:
     """The networks of one rank and the ways that take turns on them."""
 
     def __init__(self, task: Task) -> None:
-        """Builds the networks and measures the floor. Collective: world."""
+        """Builds the networks; the sides are built in the first turn. Collective: world."""
         self.task = task
         world = collectives.world_size()
         train = Layout.parse(task.source, world)
         tensors = layout.specs(task.model, task.vocabulary)
         generate = grouping.grouped(train, Layout.parse(task.target, world), tensors, tensors)
-        planned = plan.plan(tensors, train, tensors, generate).rank(collectives.rank())
+        planned = plan.plan(tensors, train, tensors, generate, Cluster(node=world)).rank(collectives.rank())
         self.source = self._network(train)
         self.stage = _buffered(self.source)
         self.targets = {"ours": self._network(generate), "rivals": self._network(generate)}
         self.expected = checksums(self.targets["ours"])
-        pairs = traffic(planned, self.source)
-        self.bound = _most(sum(received for _, received in pairs.values()))
-        self.floor = Loopback(pairs).seconds()
-        self.ways: dict[str, Way] = {}
+        loopback = Loopback(traffic(planned, self.source))
+        self.bound = _most(loopback.received)
+        self.ways: dict[str, Way] = {FLOOR: loopback}
         self.held: dict[str, int] = {}
-        self.order = list(SIDES)
+        self.order = [*SIDES, FLOOR]
 
     def _network(self, words: Layout) -> Network:
         return transformer.build(self.task.model, grid.build(words), rows=self.task.vocabulary, seed=1)
@@ -76,7 +77,7 @@ class Side:
         networks = occupied(self.source, target)
         peak = memory.Peak()
         seconds = _timed(lambda: self._made(name, target).run())
-        growth = peak.growth
+        growth = max(0, peak.growth)
         memory.settle()
         self.held[name] = memory.resident() - peak.before - (occupied(self.source, target) - networks)
         way = self.ways[name]
@@ -92,16 +93,19 @@ class Side:
         }
 
     def steady(self, name: str) -> dict[str, float]:
-        """Seconds of one run more. Collective: world."""
-        return {"seconds": _timed(self.ways[name].run)}
+        """Seconds of one run more, and of the proof where there is one. Collective: world."""
+        way = self.ways[name]
+        found = {"seconds": _timed(way.run)}
+        return found | {"proof": _most(way.proof())} if isinstance(way, Ours) else found
 
     def last(self, name: str) -> dict[str, float]:
         """Memory of one run more: what the way keeps between runs and what it takes in one. Collective: world."""
+        memory.keep_freed(False)
         peak = memory.Peak()
         self.ways[name].run()
         growth = peak.growth
         return {
-            "peak": _most(self.held[name] + growth),
+            "peak": _most(max(0, self.held[name] + growth)),
             "wrong": self._wrong(self.targets["ours" if name == "ours" else "rivals"]),
         }
 
@@ -114,7 +118,8 @@ class Side:
                     parameter.neg_()
         for name in self.order:
             dist.barrier()
-            found[name] = measure(name)
+            if name in SIDES or measure == self.steady:
+                found[name] = measure(name)
         self.order.reverse()
         return found
 
@@ -134,12 +139,12 @@ class Side:
         return collectives.total(sum(found[name] != self.expected[name] for name in self.expected))
 
 
-def traffic(planned: Any, source: Network) -> dict[int, tuple[int, int]]:
+def traffic(planned: RankPlan, source: Network) -> dict[int, tuple[int, int]]:
     """Bytes that a rank sends to and receives from each peer under its plan."""
     entries = source.directory
     found: dict[int, tuple[int, int]] = {}
 
-    def size(pieces: Any) -> int:
+    def size(pieces: Iterable[Piece]) -> int:
         total = 0
         for piece in pieces:
             entry = entries[piece.name]
@@ -169,7 +174,7 @@ def occupied(*networks: Network) -> int:
 
 
 def _buffered(source: Network) -> DistributedDataParallel:
-    """The source's stage with its weights in Megatron's parameter buffer, the gradient buffer freed as in the switch."""
+    """The source's stage, its weights in Megatron's parameter buffer, the gradient buffer freed as in the switch."""
     (chunk,) = source.chunks
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     stage = DistributedDataParallel(source.config, config, chunk, pg_collection=source.grid.groups)
@@ -200,11 +205,13 @@ def main() -> None:
     assert task.turns % 2, "an odd number of steady turns, so that the last turn finds the signs of the first"
     cpu.install()
     grid.connect()
+    memory.keep_freed(False)
     memory.check()
     side = Side(task)
+    memory.keep_freed(True)
     leads = collectives.rank() == 0
     if leads:
-        channel.say(floor=side.floor)
+        channel.say()
     measures = [side.first, *[side.steady] * task.turns, side.last]
     for number, measure in enumerate(measures):
         if not collectives.any_rank(leads and channel.my_turn()):

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from megatron_rlhf.config.schema import Model
 
 SIDES = ("ours", "megatron", "gathered")
+FLOOR = "loopback"
+"""Not a side: the machine without any program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +25,8 @@ class Task:
     heads: int = 16
     vocabulary: int = 8192
     context: int = 1024
-    staging: int = 32 << 20
-    turns: int = 7
+    staging: int = 64 << 20
+    turns: int = 5
 
     @property
     def model(self) -> Model:
