@@ -1,9 +1,9 @@
 """One rank: the source in Megatron's parameter buffer, a target for ours and one for the rivals, and their turns.
 
 Run as `python -m benchmarks.movers.side TASK`. A turn lets every side move the weights once, and the machine the bare
-bytes, whoever was last first in the next turn. Before each, all ranks flip the sign of the source's weights, so that a target left as it was is seen.
-The first turn builds each side from nothing, the last one measures memory once more; after both every target parameter
-is compared, by checksum, with what the layout's own initialisation had put there.
+bytes, whoever was last first in the next turn. Before each, all ranks flip the sign of the source's weights, so that a
+target left as it was is seen. The first turn builds each side from nothing, the last one measures memory once more;
+after both every target parameter is compared, by checksum, with what the layout's own initialisation had put there.
 """
 
 from __future__ import annotations
