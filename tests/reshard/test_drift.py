@@ -17,7 +17,8 @@ from tests.helpers.grid import on_grid
 
 @on_grid(4)
 @pytest.mark.parametrize(
-    ("train", "generate"), [("tp2 dp2 sp", "pp2 dp2"), ("pp2 vp2 tp2", "tp4"), ("pp2 @2-3", "dp4")]
+    ("train", "generate"),
+    [("tp2 dp2 sp", "pp2 dp2"), ("pp2 @2-3", "dp4"), pytest.param("pp2 vp2 tp2", "tp4", marks=pytest.mark.slow)],
 )
 def test_the_first_layer_that_differs_is_named(train: str, generate: str) -> None:
     """Equal networks agree; then one is changed from its end to its start, and each time the new place is named."""

@@ -67,7 +67,11 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 @on_grid(4)
 @pytest.mark.parametrize(
     ("words", "precision", "host"),
-    [("tp2 dp2 sp", "bf16", False), ("dp2 @1-2", "fp32", False), ("tp2 pp2", "bf16", True)],
+    [
+        ("tp2 dp2 sp", "bf16", False),
+        ("dp2 @1-2", "fp32", False),
+        pytest.param("tp2 pp2", "bf16", True, marks=pytest.mark.slow),
+    ],
 )
 def test_training_does_not_notice(words: str, precision: str, host: bool) -> None:
     """Four updates with a stay on the host before each are those without, and a state saved after is the same."""
