@@ -33,21 +33,6 @@ struct Slice {
   double temperature;
 };
 
-/// What a backward pass needs to know of each row over the whole vocabulary; null where nothing depends on it.
-struct RowSums {
-  const void* log_sum_2N;            // m, then ln S
-  const void* entropy_N;             // with entropy_grad
-  const void* kl_N;                  // with kl_grad
-  const void* reference_log_sum_2N;  // with kl_grad: m', then ln S'
-};
-
-/// Gradients of the log-prob (g), the entropy (h) and the KL (k) of each row; null is zero.
-struct RowGrads {
-  const void* grad_N;
-  const void* entropy_grad_N;
-  const void* kl_grad_N;
-};
-
 namespace cpu {
 
 /// How independent tasks are run: task(0, context) ... task(tasks - 1, context), in any order, at once or not.
@@ -64,14 +49,18 @@ void logprob_stats(DType dtype, const void* logits, const int64_t* targets, Slic
 void logprob_kl_stats(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
                       int64_t reference_stride, void* out_8N, Threads threads = {});
 
-/// out = (1/T) [g (1_y - p) - h p (ln p + H) + k p (ln p - ln q - KL)], rounded once; `out` may be `logits`.
+/// out = (1/T) [g (1_y - p) - h p (ln p + H) + k p (ln p - ln q - KL)], rounded once, with the gradients g of the
+/// log-prob, h of the entropy and k of KL(p || q); 0 in the padding and in ignored rows. log_sum_2N holds m, then ln S,
+/// of the whole vocabulary (one lse would cost the gradient its last digits), reference_log_sum_2N m', then ln S'. A null
+/// g, h or k is 0; entropy is needed with h; reference, kl and reference_log_sum with k. `out` may be `logits`.
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
-                      int64_t reference_stride, RowSums sums, RowGrads grads, void* out, int64_t out_stride,
-                      Threads threads = {});
+                      int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
+                      const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
+                      const void* kl_grad_N, void* out, int64_t out_stride, Threads threads = {});
 
 /// Each row's best x + Gumbel noise, its word's global number (exact below 2^24), m, S, and x at that word: out_5N.
-/// The noise is that of parallel/random.py for the two 32-bit keys of each row; not for f64. Of equal values the
-/// first word wins. A slice without words: -inf, word 0, m = -inf, S = 0, x = 0.
+/// The noise is that of parallel/random.py for the two 32-bit keys of each row; null keys draw without noise. Of equal
+/// values the first word wins. A slice without words: -inf, word 0, m = -inf, S = 0, x = 0. Not for f64.
 void sample(DType dtype, const void* logits, Slice slice, const uint32_t* row_keys_2N, float* out_5N,
             Threads threads = {});
 
@@ -90,8 +79,9 @@ void logprob_kl_stats(DType dtype, const void* logits, const void* reference, co
                       int64_t reference_stride, void* out_8N, void* stream);
 
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
-                      int64_t reference_stride, RowSums sums, RowGrads grads, void* out, int64_t out_stride,
-                      void* stream);
+                      int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
+                      const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
+                      const void* kl_grad_N, void* out, int64_t out_stride, void* stream);
 
 void sample(DType dtype, const void* logits, Slice slice, const uint32_t* row_keys_2N, float* out_5N, void* stream);
 
