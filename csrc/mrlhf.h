@@ -1,9 +1,9 @@
 // The kernels' interface, free of torch: what a row's statistics are, its gradient, a draw, and GAE.
 //
 // N rows, V columns of this rank's slice of the vocabulary, T the temperature, x = logits / T, y = reference / T. Numbers
-// a row come as arrays of N, several of them one after the other: `out_4N` is m of all rows, then S of all rows, and so
-// on. They are float, and double where the logits are f64 (CPU only). Sums are kept relative to the largest logit: Z of
-// plain x loses the last digits of the entropy as soon as the logits have an offset.
+// a row come as arrays of N, one after the other: `out_4N` is m of all rows, then S of all rows, and so on. They are
+// float, and double where the logits are f64 (CPU only). Sums are relative to the largest logit: Z of plain x loses the
+// last digits of the entropy as soon as the logits have an offset.
 //
 //     m = max x                              S = sum e^(x-m)
 //     Z = sum (x-m) e^(x-m)                  t = x at the target, 0 where another slice holds it
@@ -51,8 +51,8 @@ void logprob_kl_stats(DType dtype, const void* logits, const void* reference, co
 
 /// out = (1/T) [g (1_y - p) - h p (ln p + H) + k p (ln p - ln q - KL)], rounded once, with the gradients g of the
 /// log-prob, h of the entropy and k of KL(p || q); 0 in the padding and in ignored rows. log_sum_2N holds m, then ln S,
-/// of the whole vocabulary (one lse would cost the gradient its last digits), reference_log_sum_2N m', then ln S'. A null
-/// g, h or k is 0; entropy is needed with h; reference, kl and reference_log_sum with k. `out` may be `logits`.
+/// of the whole vocabulary (their sum would cost the gradient its last digits), reference_log_sum_2N m', then ln S'. A
+/// null g, h or k is 0; entropy is needed with h; reference, kl and reference_log_sum with k. `out` may be `logits`.
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
                       int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
                       const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
