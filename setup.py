@@ -168,7 +168,9 @@ class Build(build_ext):
         """The binding, for a library with or without CUDA."""
         headers = ["-isystem", str(torch_folder() / "include")]
         command = [*compiler(), *FLAGS, *TORCH, *headers, *(["-DMRLHF_CUDA"] if cuda else [])]
-        return _compiled({folder / f"binding{'_cuda' if cuda else ''}.o": [*command, str(ROOT / "csrc/binding.cpp")]})[0]
+        return _compiled({folder / f"binding{'_cuda' if cuda else ''}.o": [*command, str(ROOT / "csrc/binding.cpp")]})[
+            0
+        ]
 
     def _cuda_objects(self, folder: Path) -> list[Path]:
         """CUDA's kernels and the binding that knows them."""

@@ -53,8 +53,9 @@ struct Running {
     if (!(found > m)) return 0;
     const double by = double(m) - double(found), shrink = std::exp(by);
     m = found;
-    Z = shrink > 0 ? shrink * (Z + by * S) : 0;
+    const double seen = S;
     S *= shrink;
+    Z = shrink > 0 ? shrink * (Z + by * seen) : S;  // 0, or NaN where S is
     return by;
   }
 

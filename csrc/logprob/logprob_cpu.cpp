@@ -29,7 +29,7 @@ struct RunningPair {
 
   void grow(Real found, Real reference_found) {
     const double S = p.S, by = p.grow(found), q_by = q.grow(reference_found), shrink = std::exp(by);
-    D = S > 0 && shrink > 0 ? shrink * (D + (by - q_by) * S) : 0;
+    D = S == 0 || shrink == 0 ? p.S : shrink * (D + (by - q_by) * S);  // p.S is 0 then, or NaN
   }
 
   void add(const Real* x, const Real* y, int64_t count) {
