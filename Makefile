@@ -15,8 +15,9 @@ help:
 	@echo "make bench        every benchmark; results go to benchmarks/results"
 	@echo "make clean        remove the caches and builds (runs/ and .venv stay)"
 
-# torch first and by its version: pip then takes the build that fits the machine once, and nothing below moves it.
-$(READY): pyproject.toml setup.py
+# torch first and by its version: pip then takes the build that fits the machine once, and nothing below moves it; the
+# kernels are compiled against its headers.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install torch==2.13.0
 	$(BIN)/pip install -e '.[quickstart,dev]'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import re
 import shutil
@@ -86,6 +87,17 @@ def _gpus() -> str:
     return f"{len(gpus)} x {gpus[0].partition(':')[2].partition('(')[0].strip()}" if gpus else ""
 
 
+def _kernels() -> str:
+    """What the build says of itself: importing the kernels would import torch."""
+    report = Path(__file__).with_name("ops") / "kernels.json"
+    if not report.exists():
+        return ""
+    made = json.loads(report.read_text(encoding="utf-8"))
+    names = " and ".join(name.upper() for name in made["built"])
+    why = f" ({made['why']})" if made["why"] else ""
+    return (names or "the slower Python references") + why
+
+
 def _transformer_engine() -> str:
     version = _package("transformer-engine", "transformer_engine")()
     if version and not importlib.util.find_spec("transformer_engine_torch"):
@@ -107,6 +119,7 @@ PARTS = [
     Part("CUDA in torch", _torch_cuda, "GPUs; the CPU and gloo are used"),
     Part("GPUs", _gpus, "GPUs; the CPU and gloo are used"),
     Part("transformer-engine", _transformer_engine, "its fused Adam; torch's is used (extra gpu)", ">=2.9,<2.12"),
+    Part("kernels", _kernels, "fast log-probs, exact KL and draws; the Python references are used"),
     Part("apex", _module("amp_C"), "its fused Adam where transformer-engine is missing (source build)"),
     Part("vaderSentiment", _package("vaderSentiment", "vaderSentiment"), "the quickstart's labeler"),
     Part("profanity check", _package("alt-profanity-check", "profanity_check"), "the quickstart's labeler"),

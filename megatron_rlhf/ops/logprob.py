@@ -1,9 +1,9 @@
 """The local pass of a log-prob over a slice of the vocabulary: statistics of each row, and its gradient.
 
-N rows, V columns of this slice, of which the first `columns` are words and the rest padding; T is the temperature.
-Knows no group: parallel/vocab.py combines the statistics of the slices. float64 is computed in float64, any other
-dtype in float32, a few rows at a time, so that no second copy of the logits ever exists. A row with a negative target
-is ignored, and on a CPU not even read: prompts and padding are often more than half of a batch.
+N rows, V columns of this slice, of which the first `columns` are words and the rest padding; T is the temperature,
+x = logits / T and y = reference / T. Knows no group: parallel/vocab.py combines the statistics of the slices. float64
+is computed in float64, any other dtype in float32. A row with a negative target is ignored. Sums are relative to the
+largest word, as in csrc/mrlhf.h: with plain x, H and the KL would lose their last digits to any offset of the logits.
 """
 
 from __future__ import annotations
@@ -11,90 +11,98 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20
-"""Elements computed at once: 4 MiB in float32, which stays in a CPU's cache."""
+from megatron_rlhf.ops import library, logprob_reference
 
 
 def stats(logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int, columns: int, temperature: float) -> Tensor:
-    """[4, N] rows m, S, Z, t of x = logits / T: m = max x, S = sum e^(x-m), Z = sum x e^(x-m), t = x at the target.
+    """[4, N] rows m, S, Z, t: m = max x, S = sum e^(x-m), Z = sum (x-m) e^(x-m), t = x at the target.
 
-    A target outside [vocab_start, vocab_start + columns) gives t = 0; a slice without words gives m = -inf, S = Z = 0.
-    The statistics of an ignored row are finite where there are words, and mean nothing.
+    A target outside [vocab_start, vocab_start + columns) gives t = 0. A slice without words, or of -inf alone, gives
+    m = -inf, S = Z = 0. An ignored row gives m = 0, S = 1, Z = t = 0. NaN among the words makes S NaN.
     """
-    dtype = _dtype(logits_NV)
-    result = torch.zeros((4, len(logits_NV)), dtype=dtype, device=logits_NV.device)
-    if columns <= 0:
-        result[0] = -torch.inf
-        return result
-    result[1] = 1
-    for rows in _chunks(logits_NV, targets_N):
-        x = _copied(logits_NV, rows, columns, dtype).div_(temperature)
-        column, inside = _local(targets_N[rows], vocab_start, columns)
-        result[3, rows] = torch.where(inside, x.gather(1, column[:, None])[:, 0], 0)
-        largest = x.amax(1)
-        weights = (x - largest[:, None]).exp_()
-        result[0, rows] = largest
-        result[1, rows] = weights.sum(1)
-        result[2, rows] = x.mul_(weights).sum(1)
-    return result
+    if not library.serves(logits_NV):
+        return logprob_reference.stats(
+            logits_NV, targets_N, vocab_start=vocab_start, columns=columns, temperature=temperature
+        )
+    return torch.ops.megatron_rlhf.logprob_stats(logits_NV, targets_N.contiguous(), vocab_start, columns, temperature)
+
+
+def kl_stats(
+    logits_NV: Tensor, reference_NV: Tensor, targets_N: Tensor, *, vocab_start: int, columns: int, temperature: float
+) -> Tensor:
+    """[8, N] rows m, S, Z, t as `stats`, D = sum ((x-m) - (y-m')) e^(x-m), and m', S', t' of y.
+
+    `reference_NV` has the shape and dtype of the logits.
+    """
+    if not (library.serves(logits_NV) and library.serves(reference_NV)):
+        return logprob_reference.kl_stats(
+            logits_NV, reference_NV, targets_N, vocab_start=vocab_start, columns=columns, temperature=temperature
+        )
+    return torch.ops.megatron_rlhf.logprob_kl_stats(
+        logits_NV, reference_NV, targets_N.contiguous(), vocab_start, columns, temperature
+    )
 
 
 def backward(
     logits_NV: Tensor,
+    reference_NV: Tensor | None,
     targets_N: Tensor,
-    log_sum_N: Tensor,
+    log_sum_2N: Tensor,
     entropy_N: Tensor | None,
+    kl_N: Tensor | None,
+    reference_log_sum_2N: Tensor | None,
     grad_N: Tensor | None,
     entropy_grad_N: Tensor | None,
+    kl_grad_N: Tensor | None,
     *,
     vocab_start: int,
     columns: int,
     temperature: float,
     out_NV: Tensor,
 ) -> Tensor:
-    """`out_NV` filled with (1/T) [g (1_y - p) - h p (x - lse + H)] of log-prob gradient g and entropy gradient h.
+    """`out_NV` filled with (1/T) [g (1_y - p) - h p (ln p + H) + k p (ln p - ln q - KL)], rounded once.
 
-    `out_NV` may be `logits_NV`. Padding columns and ignored rows become exactly 0.
+    g, h and k are the gradients of log-prob, entropy H and KL(p || q), None for 0; a log-sum is (m, ln S) of the whole
+    vocabulary. `out_NV` may be `logits_NV`. Padding columns and ignored rows become exactly 0.
     """
-    dtype = _dtype(logits_NV)
-    words = max(columns, 0)
-    out_NV[:, words:] = 0
-    for rows in _chunks(logits_NV, targets_N) if words else ():
-        log_p = _copied(logits_NV, rows, words, dtype).div_(temperature).sub_(log_sum_N[rows, None])
-        p = log_p.exp()
-        if entropy_grad_N is not None:
-            assert entropy_N is not None
-            slope = log_p.add_(entropy_N[rows, None]).mul_(entropy_grad_N[rows, None])
-            slope = slope if grad_N is None else slope.add_(grad_N[rows, None])
-            gradient = slope.mul_(p).neg_()
-        else:
-            assert grad_N is not None
-            gradient = p.mul_(grad_N[rows, None]).neg_()
-        if grad_N is not None:
-            column, inside = _local(targets_N[rows], vocab_start, words)
-            gradient.scatter_add_(1, column[:, None], torch.where(inside, grad_N[rows], 0)[:, None])
-        out_NV[rows, :words] = gradient.div_(temperature).to(out_NV.dtype)
-    return out_NV.masked_fill_((targets_N < 0)[:, None], 0)
+    given = (log_sum_2N, entropy_N, kl_N, reference_log_sum_2N, grad_N, entropy_grad_N, kl_grad_N)
+    served = library.serves(logits_NV) and library.serves(out_NV)
+    if not served or (reference_NV is not None and not library.serves(reference_NV)):
+        return logprob_reference.backward(
+            logits_NV,
+            reference_NV,
+            targets_N,
+            *given,
+            vocab_start=vocab_start,
+            columns=columns,
+            temperature=temperature,
+            out_NV=out_NV,
+        )
+    even = [numbers if numbers is None else numbers.to(log_sum_2N.dtype).contiguous() for numbers in given]
+    torch.ops.megatron_rlhf.logprob_backward(
+        logits_NV, reference_NV, targets_N.contiguous(), *even, vocab_start, columns, temperature, out_NV
+    )
+    # the kernel writes behind autograd's back; a second backward pass over overwritten logits must raise
+    torch.autograd.graph.increment_version(out_NV)
+    return out_NV
 
 
-def _dtype(logits_NV: Tensor) -> torch.dtype:
+def _real(logits_NV: Tensor) -> torch.dtype:
     return torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
 
 
-def _chunks(logits_NV: Tensor, targets_N: Tensor) -> list[slice] | list[Tensor]:
-    """The rows a few at a time; on a CPU the ignored ones are left out, on a GPU finding them would stop its queue."""
-    size = max(1, _CHUNK // max(1, logits_NV.shape[1]))
-    if logits_NV.device.type == "cpu" and bool((targets_N < 0).any()):
-        return list((targets_N >= 0).nonzero().squeeze(1).split(size))
-    return [slice(start, start + size) for start in range(0, len(logits_NV), size)]
+if library.loaded():
 
+    @torch.library.register_fake("megatron_rlhf::logprob_stats")
+    def _stats_fake(logits: Tensor, targets: Tensor, vocab_start: int, columns: int, temperature: float) -> Tensor:
+        return logits.new_empty((4, logits.shape[0]), dtype=_real(logits))
 
-def _copied(logits_NV: Tensor, rows: slice | Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The rows' words as a tensor of their own; selecting rows by number makes one already."""
-    return logits_NV[rows, :columns].to(dtype, copy=isinstance(rows, slice))
+    @torch.library.register_fake("megatron_rlhf::logprob_kl_stats")
+    def _kl_stats_fake(
+        logits: Tensor, reference: Tensor, targets: Tensor, vocab_start: int, columns: int, temperature: float
+    ) -> Tensor:
+        return logits.new_empty((8, logits.shape[0]), dtype=_real(logits))
 
-
-def _local(targets_N: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Each target's column in this slice, clamped into it, and whether it really lies inside."""
-    column = targets_N - vocab_start
-    return column.clamp(0, columns - 1), (column >= 0) & (column < columns) & (targets_N >= 0)
+    @torch.library.register_fake("megatron_rlhf::logprob_backward")
+    def _backward_fake(*arguments: object) -> None:
+        return None

@@ -6,15 +6,11 @@ Not proved here: CUDA, and speed (benchmarks); memory is only looked at through 
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlhf.ops import logprob
 from megatron_rlhf.parallel import vocab
 from tests.helpers.grid import on_grid
 
@@ -131,23 +127,6 @@ def test_in_place_gradient_reuses_the_logits(turned: bool) -> None:
     assert torch.equal(gradients[0], gradients[1])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(chosen.sin().sum(), source)
-
-
-@pytest.mark.parametrize("ignored", [[], [0, 3], [0, 1, 2, 3, 4, 5, 6]])
-def test_row_chunks_change_nothing(ignored: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows at a time and all at once give the same bits; ignored rows have no gradient whatever lay there."""
-    logits, targets = _logits(7, _WORDS, torch.float32), _targets(7)
-    targets[ignored] = -1
-    where: dict[str, Any] = {"vocab_start": 0, "columns": _WORDS, "temperature": 0.9}
-    whole = logprob.stats(logits, targets, **where)
-    parts = (whole[0] + whole[1].log(), whole[2] / whole[1], torch.randn(7), torch.randn(7))
-    gradient = logprob.backward(logits, targets, *parts, **where, out_NV=torch.full_like(logits, 7))
-    monkeypatch.setattr(logprob, "_CHUNK", 2 * _WORDS)
-    assert len(logprob._chunks(logits, targets)) == max(1, math.ceil((7 - len(ignored)) / 2))
-    assert torch.equal(logprob.stats(logits, targets, **where), whole)
-    again = logprob.backward(logits, targets, *parts, **where, out_NV=torch.full_like(logits, 7))
-    assert torch.equal(again, gradient)
-    assert not again[ignored].any()
 
 
 def test_ignored_rows_are_not_read() -> None:
