@@ -48,7 +48,7 @@ __device__ __forceinline__ Vector<T> load(const T* place) {
   memcpy(&result, &bits, sizeof(result));
 #else
   if (!aligned(place)) cuda_on_cpu::fail("16 bytes read at an address that is no multiple of 16");
-  std::memcpy(&result, place, sizeof(result));
+  std::memcpy(static_cast<void*>(&result), place, sizeof(result));
 #endif
   return result;
 }
@@ -64,7 +64,7 @@ __device__ __forceinline__ void store(T* place, const Vector<T>& vector) {
                : "memory");
 #else
   if (!aligned(place)) cuda_on_cpu::fail("16 bytes written at an address that is no multiple of 16");
-  std::memcpy(place, &vector, sizeof(vector));
+  std::memcpy(static_cast<void*>(place), &vector, sizeof(vector));
 #endif
 }
 

@@ -15,18 +15,17 @@ constexpr int kBackwardBatch = 4;
 // 0 where the weight is 0, whatever the value: absent words and those too small for a float weigh nothing.
 __device__ __forceinline__ float product(float weight, float value) { return weight > 0 ? weight * value : 0; }
 
-// Sums over the words of one row. Distances are in powers of 2 and from the largest logit, not from 0: a row far from
-// 0 loses no digits.
+// Sums over the words of one row; distances are in powers of 2.
 struct Policy {
   Mass mass;
-  float distance;  // sum of log2(e) (x - m) e^(x-m)
+  float distance;  // Z log2(e): sum of log2(e) (x - m) e^(x-m)
 
   __device__ static Policy empty() { return {{-INFINITY, 0}, 0}; }
 
   __device__ __forceinline__ float raise(float to, float base_2) {
-    const float sum = mass.sum, shift = mass.raise(to, base_2), factor = power_of_2(shift);
-    distance = product(factor, distance + shift * sum);
-    return factor;
+    const float sum = mass.sum, shift = mass.raise(to, base_2);
+    distance = product(power_of_2(shift), distance + shift * sum);
+    return shift;
   }
 
   template <class T, int kBatch>
@@ -70,7 +69,7 @@ struct Policy {
   __device__ void write(float* out, int64_t rows, Scale scale) const {
     out[0] = mass.largest * scale.inverse;
     out[rows] = mass.sum;
-    out[2 * rows] = mass.origin() * scale.inverse * mass.sum + kLn2 * distance;
+    out[2 * rows] = kLn2 * distance;
   }
 };
 
@@ -78,13 +77,13 @@ struct Policy {
 struct Pair {
   Policy policy;
   Mass reference;
-  float cross;  // sum of log2(e) (y - m') e^(x-m)
+  float apart;  // D log2(e): sum of log2(e) ((x - m) - (y - m')) e^(x-m)
 
   __device__ static Pair empty() { return {Policy::empty(), {-INFINITY, 0}, 0}; }
 
   __device__ __forceinline__ void raise(float to, float reference_to, float base_2) {
-    cross += reference.raise(reference_to, base_2) * policy.mass.sum;
-    cross = product(policy.raise(to, base_2), cross);
+    const float sum = policy.mass.sum, shift = policy.raise(to, base_2);
+    apart = product(power_of_2(shift), apart + (shift - reference.raise(reference_to, base_2)) * sum);
   }
 
   template <class T, int kBatch>
@@ -95,9 +94,9 @@ struct Pair {
     for (int u = 0; u < kBatch; ++u) {
 #pragma unroll
       for (int e = 0; e < Vector<T>::kWidth; ++e) {
-        const float d = (y[u][e] - reference_origin) * base_2;
-        reference.sum += power_of_2(d);
-        cross += product(policy.weigh((x[u][e] - origin) * base_2), d);
+        const float d = (x[u][e] - origin) * base_2, reference_d = (y[u][e] - reference_origin) * base_2;
+        reference.sum += power_of_2(reference_d);
+        apart += product(policy.weigh(d), d - reference_d);
       }
     }
   }
@@ -110,12 +109,12 @@ struct Pair {
     policy.mass.sum += other.policy.mass.sum;
     policy.distance += other.policy.distance;
     reference.sum += other.reference.sum;
-    cross += other.cross;
+    apart += other.apart;
   }
 
-  // Writes C, m', S'.
+  // Writes D, m', S'.
   __device__ void write(float* out, int64_t rows, Scale scale) const {
-    out[0] = reference.origin() * scale.inverse * policy.mass.sum + kLn2 * cross;
+    out[0] = kLn2 * apart;
     out[rows] = reference.largest * scale.inverse;
     out[2 * rows] = reference.sum;
   }
@@ -197,22 +196,24 @@ __global__ void __launch_bounds__(kThreads)
   out[7 * slice.rows] = column < 0 ? 0 : to_float(y[column]) * scale.inverse;
 }
 
-// A number a row, of the whole vocabulary; null is 0.
+// A number a row, of the whole vocabulary, and two in the log sums: m, then ln S. Null is 0.
 struct Numbers {
-  const float *log_sum, *entropy, *kl, *reference_log_sum, *grad, *entropy_grad, *kl_grad;
+  const float *log_sum_2N, *entropy, *kl, *reference_log_sum_2N, *grad, *entropy_grad, *kl_grad;
 };
 
 // The gradient of one row's words.
 struct Gradient {
   Scale scale;
-  float log_sum, entropy, kl, reference_log_sum, grad, entropy_grad, kl_grad;
+  float m, log_s, reference_m, reference_log_s, entropy, kl, grad, entropy_grad, kl_grad;
 
-  __device__ Gradient(Scale scale, const Numbers& of, int64_t row)
+  __device__ Gradient(Scale scale, const Numbers& of, int64_t row, int64_t rows)
       : scale(scale),
-        log_sum(of.log_sum[row]),
+        m(of.log_sum_2N[row]),
+        log_s(of.log_sum_2N[rows + row]),
+        reference_m(at(of.reference_log_sum_2N, row)),
+        reference_log_s(at(of.reference_log_sum_2N, rows + row)),
         entropy(at(of.entropy, row)),
         kl(at(of.kl, row)),
-        reference_log_sum(at(of.reference_log_sum, row)),
         grad(at(of.grad, row)),
         entropy_grad(at(of.entropy_grad, row)),
         kl_grad(at(of.kl_grad, row)) {}
@@ -222,11 +223,15 @@ struct Gradient {
   // Of a word that is not the target; with kPair `reference` is its logit under the reference.
   template <bool kPair>
   __device__ __forceinline__ float operator()(float logit, float reference) const {
-    const float log_p = fmaf(logit, scale.inverse, -log_sum);
+    // x is rounded before m is taken away, as m was: at the largest word their difference is 0
+    const float log_p = __fmul_rn(logit, scale.inverse) - m - log_s;
     const float p = power_of_2(log_p * kLog2E);
     float slope = fmaf(entropy_grad, log_p + entropy, grad);
-    if (kPair) slope -= kl_grad * (log_p - fmaf(reference, scale.inverse, -reference_log_sum) - kl);
-    return p == 0 ? 0 : -scale.inverse * p * slope;
+    if (kPair) {
+      const float reference_log_p = __fmul_rn(reference, scale.inverse) - reference_m - reference_log_s;
+      slope -= kl_grad * (log_p - reference_log_p - kl);
+    }
+    return p == 0 ? 0 : -scale.inverse * p * slope;  // an absent word's slope may be infinite
   }
 
   __device__ __forceinline__ float of_target() const { return scale.inverse * grad; }
@@ -246,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
   const Cut<T> cut(x, slice.columns);
   const bool whole = kPair && aligned(y + cut.head), whole_out = aligned(out + cut.head);
   const int target = static_cast<int>(target_column(targets[row], slice));
-  const Gradient gradient(scale, numbers, row);
+  const Gradient gradient(scale, numbers, row, slice.rows);
   const auto of_word = [&](float logit, float other, int column) {
     const float result = gradient.operator()<kPair>(logit, other);
     return column == target ? result + gradient.of_target() : result;
