@@ -20,6 +20,7 @@
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -72,7 +73,7 @@ constexpr size_t kStack = 64 * 1024;
 // One thread of a block.
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  char* stack = nullptr;
   bool finished = false, in_shuffle = false;
   int line = 0;       // of the barrier or shuffle it waits at
   unsigned mask = 0;  // of the shuffle
@@ -83,7 +84,9 @@ struct Fiber {
 class Block {
  public:
   Block(unsigned threads, const std::function<void()>& body) : body_(body), fibers_(threads) {
-    for (Fiber& fiber : fibers_) prepare(fiber);
+    static std::vector<std::unique_ptr<char[]>> stacks;  // of every block in turn
+    while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
+    for (unsigned thread = 0; thread < threads; ++thread) prepare(fibers_[thread], stacks[thread].get());
   }
 
   void run() {
@@ -116,9 +119,13 @@ class Block {
   }
 
  private:
-  static void prepare(Fiber& fiber) {
+  static void prepare(Fiber& fiber, char* stack) {
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(stack, kStack);  // the frames of the block before
+#endif
+    fiber.stack = stack;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = stack;
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, &Block::enter, 0);
@@ -139,7 +146,7 @@ class Block {
     Fiber& fiber = fibers_[thread];
 #ifdef __SANITIZE_ADDRESS__
     void* own = nullptr;
-    __sanitizer_start_switch_fiber(&own, fiber.stack.get(), kStack);
+    __sanitizer_start_switch_fiber(&own, fiber.stack, kStack);
 #endif
     swapcontext(&main_, &fiber.context);
 #ifdef __SANITIZE_ADDRESS__
