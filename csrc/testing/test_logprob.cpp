@@ -1,4 +1,6 @@
 // Statistics and gradients of the CUDA source, run on the CPU, against loops in double. Arguments: the widths to test.
+#include <sys/mman.h>
+
 #include "check.h"
 
 namespace {
@@ -227,6 +229,27 @@ void not_a_number() {
   }
 }
 
+// A row that begins more than 2^31 elements behind the first, in memory of which only the touched pages exist.
+void far() {
+  check::situation = "offsets beyond 2^31";
+  const int64_t stride = (int64_t{1} << 31) + 8, columns = 9, bytes = 2 * (stride + columns);
+  void* place = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (place == MAP_FAILED) return check::expect(false, "address space for 4 GiB", 0, 0, 0, 1);
+  auto* logits = static_cast<__nv_bfloat16*>(place);
+  const int64_t targets[] = {0, 1};
+  const mrlhf::Slice slice{2, stride, columns, columns, 0, 1.0};
+  const float log_sum[] = {0, 0, std::log(9.0f), std::log(9.0f)}, grad[] = {1, 1};
+  float out[8];
+  mrlhf::cuda::logprob_stats(mrlhf::DType::bf16, logits, targets, slice, out, nullptr);
+  mrlhf::cuda::logprob_backward(mrlhf::DType::bf16, logits, nullptr, targets, slice, 0, log_sum, nullptr, nullptr,
+                                nullptr, grad, nullptr, nullptr, logits, stride, nullptr);
+  for (int64_t row = 0; row < 2; ++row) {
+    near(out[2 + row], 9, 1e-5, "S", row);
+    near(mrlhf::device::to_float(logits[row * stride + row]), 8.0 / 9, 4e-3, "gradient", row, row);
+  }
+  munmap(place, bytes);
+}
+
 }  // namespace
 
 int main(int count, char** widths) {
@@ -238,6 +261,7 @@ int main(int count, char** widths) {
     }
     nothing();
     not_a_number();
+    far();
   });
   return check::report();
 }
