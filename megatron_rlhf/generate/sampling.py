@@ -7,6 +7,7 @@ on the other rows, or on when it is made. b rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,26 +37,40 @@ def draw(
     """
     groups = network.grid.groups
     assert groups is not None
-    temperature = draw_as.temperature or 1.0
-    start, true = network.vocab_start, network.model.vocabulary
-    scaled_bV = logits_bV.float() / temperature
-    columns = scaled_bV.shape[1]
-    if start + columns > true:
-        scaled_bV = scaled_bV[:, : max(0, true - start)]
-    perturbed_bV = scaled_bV
-    if draw_as.temperature > 0:
-        noise_bV = random.gumbel(draw_as.seed, draw_as.iteration, sequence_b, position_b, start, scaled_bV.shape[1])
-        perturbed_bV = scaled_bV + noise_bV
-        if draw_as.top_k or draw_as.top_p < 1.0:
-            perturbed_bV = perturbed_bV.masked_fill(~_allowed(scaled_bV, draw_as, groups.tp), -torch.inf)
-    best_b, index_b = _local_best(perturbed_bV, start)
-    pairs = gather(torch.stack([best_b.double(), index_b.double()]), groups.tp)
-    winner_b = pairs[:, 0].argmax(0)
-    tokens_b = pairs[:, 1].gather(0, winner_b[None]).squeeze(0).long()
-    logprobs_b, _ = vocab.logprobs(
-        logits_bV, tokens_b, vocab_start=start, vocab_size=true, group=groups.tp, temperature=temperature
-    )
+    where: dict[str, Any] = {
+        "vocab_start": network.vocab_start,
+        "vocab_size": network.model.vocabulary,
+        "group": groups.tp,
+        "temperature": draw_as.temperature or 1.0,
+    }
+    if draw_as.temperature == 0:
+        return vocab.draw(logits_bV, None, **where)
+    if not draw_as.top_k and draw_as.top_p == 1.0:
+        return vocab.draw(logits_bV, random.row_keys(draw_as.seed, draw_as.iteration, sequence_b, position_b), **where)
+    tokens_b = _among_the_likeliest(logits_bV, draw_as, sequence_b, position_b, **where)
+    logprobs_b, _ = vocab.logprobs(logits_bV, tokens_b, **where)
     return tokens_b, logprobs_b
+
+
+def _among_the_likeliest(
+    logits_bV: Tensor,
+    draw_as: Draw,
+    sequence_b: Tensor,
+    position_b: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int,
+    group: Group,
+    temperature: float,
+) -> Tensor:
+    """Tokens drawn from the k likeliest, or the smallest set of mass p. Collective: tp."""
+    scaled_bV = logits_bV[:, : max(0, vocab_size - vocab_start)].float() / temperature
+    noise_bV = random.gumbel(draw_as.seed, draw_as.iteration, sequence_b, position_b, vocab_start, scaled_bV.shape[1])
+    perturbed_bV = (scaled_bV + noise_bV).masked_fill(~_allowed(scaled_bV, draw_as, group), -torch.inf)
+    best_b, index_b = _local_best(perturbed_bV, vocab_start)
+    pairs = gather(torch.stack([best_b.double(), index_b.double()]), group)
+    winner_b = pairs[:, 0].argmax(0)
+    return pairs[:, 1].gather(0, winner_b[None]).squeeze(0).long()
 
 
 def _local_best(perturbed_bV: Tensor, start: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-from megatron_rlhf.algorithms import gae, masked, rewards
+from megatron_rlhf.algorithms import masked, rewards
 from megatron_rlhf.batch import Annotated, Experience
 from megatron_rlhf.config.schema import Ppo
+from megatron_rlhf.ops import gae
 
 
 def credit(annotated: Annotated, ppo: Ppo, *, kl_coef: float) -> Experience:
@@ -22,9 +23,7 @@ def credit(annotated: Annotated, ppo: Ppo, *, kl_coef: float) -> Experience:
     )
     if ppo.whiten_rewards:
         rewards_BR = masked.whiten(rewards_BR, mask_BR, shift_mean=False)
-    advantages_BR, returns_BR = gae.advantages(
-        rewards_BR, annotated.values_BR, mask_BR, gamma=ppo.gamma, lam=ppo.lam
-    )
+    advantages_BR, returns_BR = gae.advantages(rewards_BR, annotated.values_BR, mask_BR, gamma=ppo.gamma, lam=ppo.lam)
     if ppo.whiten_advantages:
         advantages_BR = masked.whiten(advantages_BR, mask_BR, shift_mean=True)
     return Experience(annotated, rewards_BR, advantages_BR, returns_BR)
