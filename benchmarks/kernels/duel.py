@@ -1,11 +1,10 @@
-"""Our side against each rival, turn by turn in processes of their own, and the rows of a result."""
+"""Our side and each rival, one after the other in processes of their own, and the rows of a result."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +18,12 @@ Numbers = dict[str, float]
 Pairs = Sequence[tuple[str, str]]
 
 
-def _measure(task: Task, turns: int) -> tuple[dict[str, Numbers], str]:
-    """Medians of one side, copied memory beside it, and the GPU's name."""
-    sides = [replace(task, side="copy"), task]
-    with ExitStack() as stack:
-        entered = [
-            stack.enter_context(
-                Contestant("benchmarks.kernels.contestant", [side.word()], threads=2, device=task.device)
-            )
-            for side in sides
-        ]
-        taken = [[contestant.turn() for contestant in entered] for _ in range(turns)]
-    found = {}
-    for number, side in enumerate(sides):
-        medians = {key: statistics.median(turn[number][key] for turn in taken) for key in ("seconds", "cpu")}
-        found[side.side] = {**medians, "extra": entered[number].facts["extra"]}
-    return found, entered[1].facts["gpu"]
+def _measure(task: Task, turns: int) -> tuple[Numbers, str]:
+    """Medians of one side and the GPU's name."""
+    with Contestant("benchmarks.kernels.contestant", [task.word()], threads=2, device=task.device) as side:
+        taken = [side.turn() for _ in range(turns)]
+        medians = {key: statistics.median(turn[key] for turn in taken) for key in ("seconds", "cpu")}
+        return {**medians, "extra": side.facts["extra"]}, side.facts["gpu"]
 
 
 def rows(task: Task, pairs: Pairs, *, turns: int, passes: float, memory: bool = True) -> tuple[list[Row], str]:
@@ -44,16 +33,13 @@ def rows(task: Task, pairs: Pairs, *, turns: int, passes: float, memory: bool = 
     """
     found: dict[str, Numbers] = {}
     lost: dict[str, str] = {}
-    gpu, copies = "", []
-    for side in dict.fromkeys(side for pair in pairs for side in pair):
+    gpu = ""
+    for side in dict.fromkeys([*(["copy"] if passes else []), *(side for pair in pairs for side in pair)]):
         try:
-            numbers, gpu = _measure(replace(task, side=side), turns)
+            found[side], gpu = _measure(replace(task, side=side), turns)
         except RuntimeError as error:
             lost[side] = f"{side}: not run, {str(error).strip().splitlines()[-1]}"
-            continue
-        found[side] = numbers[side]
-        copies.append(numbers["copy"]["seconds"])
-    floor = min(copies) * passes / 2 if copies and passes else None
+    floor = found["copy"]["seconds"] * passes / 2 if "copy" in found else None
     metrics = [("seconds", "seconds", "s", 1.0)]
     metrics += [("CPU time", "cpu", "s", 1.0)] if task.device == "cpu" else []
     metrics += [("extra peak memory", "extra", "MiB", MIB)] if memory else []

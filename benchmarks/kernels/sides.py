@@ -19,15 +19,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _logprob(task: Task, loss: Loss) -> Turn:
-    """One forward and backward pass down to the gradient of the logits, which are drawn anew before each turn."""
+    """One forward and backward pass down to the gradient of the logits, which are restored before each turn."""
     source = torch.Generator(task.device).manual_seed(1)
     shape, dtype = (task.rows, task.columns), getattr(torch, task.dtype)
-    logits = torch.empty(shape, dtype=dtype, device=task.device, requires_grad=True)
+    kept = torch.empty(shape, dtype=dtype, device=task.device).normal_(0, 3, generator=source)
+    logits = kept.clone().requires_grad_()
     targets = torch.randint(0, task.columns, (task.rows,), generator=source, device=task.device)
 
     @torch.no_grad()
     def fresh() -> None:
-        logits.normal_(0, 3, generator=source)
+        logits.copy_(kept)
 
     def run() -> None:
         torch.autograd.grad(loss(logits, targets), logits)
