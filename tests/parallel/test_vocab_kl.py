@@ -150,7 +150,8 @@ def test_every_split_agrees(path: str) -> None:
     """tp1, tp2 and tp4 within 5e-7 max(1, |x|) of each other, ranks bit-equal, in every dtype; close to float64."""
     groups, rank = _groups(), dist.get_rank()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        whole, reference = (_random(_ROWS, _COLUMNS, seed=seed) * 3 + 20 for seed in (2, 3))
+        whole = _random(_ROWS, _COLUMNS, seed=2) * 3 + 20
+        reference = whole + _random(_ROWS, _COLUMNS, seed=3) * 0.3
         whole[:, -21:], targets = torch.nan, _targets()
         whole[5, :900] = -torch.inf  # whole slices without weight
         whole, reference, weights = whole.to(dtype), reference.to(dtype), _random(4, _ROWS, seed=4).float()
@@ -175,7 +176,7 @@ def test_every_split_agrees(path: str) -> None:
                 assert ((ours - one).abs()[finite] <= 5e-7 * one.abs().clamp(min=1)[finite]).all()
             if dtype == torch.float32:
                 difference = (gradient - first[1][:, at]).abs()
-                assert (difference <= 5e-7 * first[1][:, at].abs().clamp(min=1)).all()
+                assert difference.max() <= 5e-7 * max(1, first[1].abs().max().item()), difference.max()
         assert first is not None
         keep = torch.arange(_ROWS) != 5
         for ours, right in zip(first[0], _expected(whole, reference, targets, 0.7), strict=True):
