@@ -132,7 +132,8 @@ void expect_gradient(Batch<T>& batch, Rows<T>& out, const Whole& whole, int64_t 
   for (int64_t v = 0; v < slice.width; ++v) {
     double wanted = 0, size = 0;
     if (batch.targets[row] >= 0 && v < slice.columns) {
-      const double log_p = batch.logits.at(row, v) / slice.temperature - whole.log_sum[row] - whole.log_sum[slice.rows + row];
+      const double x = batch.logits.at(row, v) / slice.temperature;
+      const double log_p = x - whole.log_sum[row] - whole.log_sum[slice.rows + row];
       const double p = std::exp(log_p), y = batch.reference.at(row, v) / slice.temperature;
       const double log_q = y - whole.reference_log_sum[row] - whole.reference_log_sum[slice.rows + row];
       const double H = whole.entropy[row], KL = whole.kl[row], target = slice.vocab_start + v == batch.targets[row];
