@@ -12,17 +12,16 @@ one thread each. Two rivals, in the same processes and between the same live net
 * gather, then slice: a broadcast over the pipeline and an all-gather over tensor parallelism of each layer as one flat
   buffer, then every rank cuts out its part (`benchmarks/movers/gathered.py`).
 
-`first` is building (plan, groups, buffers) and the first run, once; `steady` the median of the turns after it, without the two in
-which memory that a side takes and gives back settles. Before
-every turn the source's weights change sign, and after the first and the last run every parameter is compared with the
-weights the target layout's own initialisation gives: a side that gets one bit wrong is an error, not a row.
-`received` and `sent` are the bytes of the operations, of the rank that has most. `peak extra memory` is resident memory
-above the two networks, of the rank that has most: what a side keeps between runs and what it takes in one. The measure
-is checked against a known allocation first. `networks` are both networks' weights: ours lets the target share what is
-the same on a rank. `proof` is what the product adds to each move: a digest of all weights of both networks, compared;
-`reshard.proof=never` leaves it out. `ratio` > 1 means ours is better; `floor` is, for seconds, how long this machine's
-gloo takes for the same bytes between the same ranks in messages of 64 MiB and nothing else, in turns with the sides;
-for bytes, what a rank needs and does not hold.
+`first` is building (plan, groups, buffers) and the first run, once; `steady` the median of the turns after it, without
+the two in which memory that a side takes and gives back settles. Before every turn the source's weights change sign,
+and after the first and the last run every parameter is compared with the weights the target layout's own initialisation
+gives: a side that gets one bit wrong is an error, not a row. `received` and `sent` are the bytes of the operations, of
+the rank that has most. `peak extra memory` is resident memory above the two networks, of the rank that has most: what a
+side keeps between runs and what it takes in one. The measure is checked against a known allocation first. `networks`
+are both networks' weights: ours lets the target share what is the same on a rank. `proof` is what the product adds to
+each move, a digest of all weights of both networks; `reshard.proof=never` leaves it out. `ratio` > 1 means ours is
+better; `floor` is, for seconds, how long this machine's gloo takes for the same bytes between the same ranks in
+messages of 64 MiB and nothing else, in turns with the sides; for bytes, what a rank needs and does not hold.
 
 What is not equal:
 * The rivals' target is a second network beside ours, of the same layout: ours takes over its target's memory (one flat
@@ -76,7 +75,7 @@ class Measured:
 def measure(task: Task) -> Measured:
     """All turns of one task; RuntimeError when a side leaves a parameter that is not bitwise right."""
     if task.turns <= WARM_UP or task.turns % 2 == 0:
-        raise ValueError(f"{task.turns} turns: an odd number above {WARM_UP} is needed, so that signs end as they began")
+        raise ValueError(f"{task.turns} turns: an odd number above {WARM_UP} is needed, signs must end as they began")
     with Contestant("benchmarks.movers.side", [task.word()], ranks=task.ranks) as ranks:
         turns: list[Turn] = [ranks.turn() for _ in range(task.turns + 2)]
         found = Measured(turns[0], turns[1 + WARM_UP : -1], turns[-1])
