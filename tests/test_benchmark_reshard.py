@@ -72,7 +72,7 @@ def test_every_side_brings_every_bit(task: Task) -> None:
     assert all(found.first[name]["received"] >= found.first["ours"]["bound"] for name in SIDES)
 
 
-def test_a_wrong_parameter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_parameter_and_an_even_number_of_turns_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = measured(wrong=2.0)
 
     class Ranks:
@@ -89,5 +89,7 @@ def test_a_wrong_parameter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
             return next(self.turns)
 
     monkeypatch.setattr(reshard, "Contestant", Ranks)
+    with pytest.raises(ValueError, match="an odd number above 2"):
+        reshard.measure(replace(TASK, turns=4))
     with pytest.raises(RuntimeError, match="ours left 2 parameters wrong in its first run"):
-        reshard.measure(replace(TASK, turns=3))
+        reshard.measure(TASK)

@@ -26,7 +26,7 @@ class Task:
     vocabulary: int = 8192
     context: int = 1024
     staging: int = 64 << 20
-    turns: int = 5
+    turns: int = 7
 
     @property
     def model(self) -> Model:

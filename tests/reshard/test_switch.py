@@ -118,6 +118,8 @@ def test_a_generator_is_used_inside_alone() -> None:
             generator.sample(tiny.prompts(5), Draw(), 6)
         bridge.policy.updates = 1
         generator.sample(tiny.prompts(5), Draw(), 6)
+        Cache(bridge.network, 1, 4)
+        assert cached(bridge)
     with pytest.raises(RuntimeError, match="is EMPTY: use a generator inside its `with generating"):
         generator.sample(tiny.prompts(5), Draw(), 6)
     assert not cached(bridge)
