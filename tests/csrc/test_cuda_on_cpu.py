@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rlhf.ops import noise
 from megatron_rlhf.parallel import random
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,11 +121,11 @@ def _run(program: Path, widths: Sequence[str]) -> subprocess.CompletedProcess[st
 
 
 def _bits_of_noise() -> list[str]:
-    """Keys, words and the bits that parallel/random.py draws for them."""
+    """Keys, words and the bits that ops/noise.py draws for them."""
     sequences, positions = torch.tensor([0, 5, 2**33 + 1]), torch.tensor([0, 17, 2047])
     keys_23 = random.row_keys(2**40 + 7, 3, sequences, positions)
     words_4 = torch.tensor([0, 1, 50_303, 128_255])
-    bits_34 = random._hash(keys_23[:, :, None], random._mix(words_4 ^ random._COLUMNS))
+    bits_34 = noise._hash(keys_23[:, :, None], noise.mix(words_4 ^ noise._COLUMNS))
     quadruples = [(*keys_23[:, i], words_4[j], bits_34[i, j]) for i in range(3) for j in range(4)]
     return [str(int(number)) for quadruple in quadruples for number in quadruple]
 
