@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ppo_iteration
+from benchmarks import logprob, ppo_iteration
 from benchmarks.harness import result
 from benchmarks.harness.result import Row
 from benchmarks.harness.turns import Contestant
+from benchmarks.kernels import duel
 from benchmarks.ppo.task import TOY, Task
 
 KEYS = ["case", "metric", "unit", "ours", "rival", "theirs", "ratio", "floor"]
@@ -116,3 +117,14 @@ def test_a_contestant_that_fails_says_why() -> None:
         Contestant("benchmarks.nobody", []),
     ):
         pass
+
+
+def test_an_operator_is_measured_at_toy_size() -> None:
+    """A rival's numbers beside ours; a side that cannot run is named, its numbers missing and not invented."""
+    (task,) = logprob.tasks("cpu", toy=True)
+    pairs = [("eager", "eager, entropy"), ("eager", "nobody")]
+    found, _ = duel.rows(task, pairs, turns=1, passes=logprob.PASSES)
+    assert [row.metric for row in found] == 2 * ["seconds", "CPU time", "extra peak memory"]
+    assert all(row.ours is not None and row.theirs is not None for row in found[:3])
+    assert found[0].floor is not None and found[1].floor is None
+    assert all(row.theirs is None and row.rival.startswith("nobody: not run") for row in found[3:])
