@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="gloo on CPU processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument("--turns", type=int, default=Task.turns, help="turns after the first, an odd number")
+    parser.add_argument("--turns", type=int, default=TASKS[0].turns, help="turns after the first, an odd number")
     parser.add_argument("--toy", action="store_true", help="a tiny model, to see that everything runs")
     asked = parser.parse_args()
     tasks = [replace(task, turns=asked.turns) for task in TASKS]
