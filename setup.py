@@ -109,13 +109,14 @@ class Build(build_ext):
             raise SystemExit(f"MRLHF_BUILD is '{asked}'; it is none, cpu, cuda or auto")
         target = Path(self.get_ext_fullpath(NAME))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
+        report = target.with_name(REPORT)
+        for old in (target, report):
+            old.unlink(missing_ok=True)
         built: list[str] = []
         why = self._kernels(asked, target, built)
         words = f"kernels built: {', '.join(built) or 'none'}" + (f" ({why})" if why else "")
         print(f"megatron-rlhf: {words}", file=sys.stderr)
-        report = json.dumps({"built": built, "why": why}) + "\n"
-        target.with_name(REPORT).write_text(report, encoding="utf-8")
+        report.write_text(json.dumps({"built": built, "why": why}) + "\n", encoding="utf-8")
 
     def _kernels(self, asked: str, target: Path, built: list[str]) -> str:
         """Fills `built` and returns why not all of it."""
@@ -123,7 +124,7 @@ class Build(build_ext):
             return "MRLHF_BUILD=none"
         folder = Path(self.build_temp) / "kernels"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             objects = self._objects(folder)
         except Impossible as reason:
@@ -203,9 +204,7 @@ class Build(build_ext):
         return [str(path) for path in (target, target.with_name(REPORT)) if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """What an editable install finds beside the code."""
-        if not self.inplace:
-            return {}
+        """Nothing: an editable install has the library beside the code already."""
         return {}
 
 
@@ -225,7 +224,7 @@ def _compiled(jobs: dict[Path, list[str]]) -> list[Path]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     if done.stderr:
         print(done.stderr, file=sys.stderr)
     if done.returncode:

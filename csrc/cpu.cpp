@@ -68,7 +68,7 @@ void sample(DType dtype, const void* logits, Slice slice, const uint32_t* row_ke
 
 }  // namespace mrlhf::cpu
 
-/// The instruction set from now on is the newest this machine has up to `most` (0 generic, 1 avx2, 2 avx512); returns it.
+/// The instruction set from now on: the newest of this machine up to `most` (0 generic, 1 avx2, 2 avx512).
 extern "C" __attribute__((visibility("default"))) int mrlhf_instruction_set(int most) {
   using namespace mrlhf::cpu;
   const int best = newest();

@@ -1,9 +1,9 @@
 // The kernels' interface, free of torch: what a row's statistics are, its gradient, a draw, and GAE.
 //
-// N rows, V columns of this rank's slice of the vocabulary, T the temperature, x = logits / T, y = reference / T. Numbers
-// a row come as arrays of N, one after the other: `out_4N` is m of all rows, then S of all rows, and so on. They are
-// float, and double where the logits are f64 (CPU only). Sums are relative to the largest logit: Z of plain x loses the
-// last digits of the entropy as soon as the logits have an offset.
+// N rows, V columns of this rank's slice of the vocabulary, T the temperature, x = logits / T, y = reference / T.
+// Numbers a row come as arrays of N, one after the other: `out_4N` is m of all rows, then S of all rows, and so on.
+// They are float, and double where the logits are f64 (CPU only). Sums are relative to the largest logit: Z of plain x
+// loses the last digits of the entropy as soon as the logits have an offset.
 //
 //     m = max x                              S = sum e^(x-m)
 //     Z = sum (x-m) e^(x-m)                  t = x at the target, 0 where another slice holds it
