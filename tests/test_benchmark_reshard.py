@@ -61,6 +61,8 @@ def test_the_memory_measure_sees_what_is_there() -> None:
         kept = torch.ones(48 << 20, dtype=torch.uint8)
         torch.ones(16 << 20, dtype=torch.uint8)
         assert peak.growth == pytest.approx(64 << 20, rel=0.05)
+        # a hole that earlier tests left in the heap may have been filled, whose pages go back only when asked for
+        memory.settle()
         assert memory.resident() - peak.before == pytest.approx(kept.nbytes, rel=0.05)
     finally:
         memory.keep_freed(True)
