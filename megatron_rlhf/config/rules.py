@@ -111,7 +111,8 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         (
             *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
-            *("evaluate.max_tokens", "compute.pack_tokens", "sampling.top_k", "sampling.batch", "sampling.groups"),
+            *("evaluate.max_tokens", "sampling.top_k", "sampling.batch", "sampling.groups"),
+            *("compute.pack_tokens", "compute.head_rows"),
             *(
                 "adam.weight_decay",
                 "sft.examples",

@@ -97,6 +97,9 @@ class Compute:
     """Rows of one forward without backward."""
     recompute: str = "none"
     """none, selective (core attention) or full (whole layers)."""
+    head_rows: int = 0
+    """Positions whose logits exist at a time while a language model trains, 0 for all of a micro-batch. Logits are then
+    made twice, which pays in memory where the vocabulary is much wider than the network."""
     transformer_engine: str = "auto"
     """auto uses Transformer Engine's layers where it and a GPU are there, never leaves them out."""
     buckets: int = 1

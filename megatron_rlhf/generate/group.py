@@ -63,7 +63,7 @@ class Group:
         self.sequence_b = sequence_b
         self.answers = Answers.empty(len(sequence_b), max_tokens, device)
         self.place = 0
-        self._stage, self._max_tokens, self._end = network.chunks[0], max_tokens, end
+        self._network, self._max_tokens, self._end = network, max_tokens, end
         self._tokens_bP, self._lengths_b = chosen.tokens_BT[:, :width].to(device), chosen.lengths_B.to(device)
         self._all_b, self._drawn_b = sequence_b.to(device), torch.zeros_like(self._lengths_b)
         self._live = torch.arange(len(sequence_b), device=device)
@@ -90,8 +90,8 @@ class Group:
         """The stage's output of the next step: hidden states for the next stage, or logits [b, 1, V/tp]."""
         self._cache.activate()
         if self.place == 0:
-            return decode.prefill(self._stage, self._tokens_bP, self._lengths_b, hidden)
-        output = decode.advance(self._stage, self._drawn_b, self._lengths_b, hidden)
+            return decode.prefill(self._network, self._tokens_bP, self._lengths_b, hidden)
+        output = decode.advance(self._network, self._drawn_b, self._lengths_b, hidden)
         self._lengths_b = self._lengths_b + 1
         return output
 

@@ -5,13 +5,11 @@ b rows, P prompt positions, V vocabulary. Every row keeps its own length; rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rlhf.models import vocabulary
 from megatron_rlhf.models.attention import CoreAttention, LayerCache
 from megatron_rlhf.models.rope import Rotary
 from megatron_rlhf.models.transformer import Network
@@ -73,17 +71,23 @@ def drop(network: Network) -> None:
                 module.cache = None
 
 
-def prefill(stage: GPTModel, tokens_bP: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
+def prefill(network: Network, tokens_bP: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
     """The stage's output for whole prompts: hidden [P, b, h], or on the last stage logits [b, 1, V/tp] at each row's
-    last prompt token."""
+    last prompt token; the full [b, P, V] are never made."""
+    stage = network.chunks[0]
     positions = torch.arange(tokens_bP.shape[1], device=tokens_bP.device).expand_as(tokens_bP)
-    with _last_position(stage, lengths_b - 1):
-        return _forward(stage, tokens_bP, positions, hidden)
+    output = _forward(stage, tokens_bP, positions, hidden)
+    if not stage.post_process:
+        return output
+    last_b1H = (lengths_b - 1)[:, None, None].expand(-1, 1, output.shape[2])
+    return vocabulary.logits(network, output.gather(1, last_b1H))
 
 
-def advance(stage: GPTModel, tokens_b: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
+def advance(network: Network, tokens_b: Tensor, lengths_b: Tensor, hidden: Tensor | None) -> Tensor:
     """The stage's output for one new token a row at position `lengths_b`: hidden [1, b, h] or logits [b, 1, V/tp]."""
-    return _forward(stage, tokens_b[:, None], lengths_b[:, None], hidden)
+    stage = network.chunks[0]
+    output = _forward(stage, tokens_b[:, None], lengths_b[:, None], hidden)
+    return vocabulary.logits(network, output) if stage.post_process else output
 
 
 def _forward(stage: GPTModel, tokens: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
@@ -97,20 +101,3 @@ def _forward(stage: GPTModel, tokens: Tensor, positions: Tensor, hidden: Tensor 
         return stage(tokens, positions, attention_mask=None)
     finally:
         stage.rotary_pos_emb.positions_b = None
-
-
-@contextmanager
-def _last_position(stage: GPTModel, index_b: Tensor) -> Iterator[None]:
-    """On the last stage the head sees one position a row: the full [b, P, V] logits of a prompt are never made."""
-    if not stage.post_process:
-        yield
-        return
-
-    def pick(module: object, arguments: object, hidden_Pbh: Tensor) -> Tensor:
-        return hidden_Pbh.gather(0, index_b[None, :, None].expand(1, -1, hidden_Pbh.shape[2]))
-
-    handle = stage.decoder.register_forward_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()

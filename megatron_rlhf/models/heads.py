@@ -1,5 +1,6 @@
-"""The scalar head of reward and value models (InstructGPT appendix C: the unembedding replaced by a projection to one
-number), right under tensor, pipeline and sequence parallelism."""
+"""How the last stage ends: a language model's in hidden states, that of reward and value models in a scalar head
+(InstructGPT appendix C: the unembedding replaced by a projection to one number), right under tensor, pipeline and
+sequence parallelism."""
 
 from __future__ import annotations
 
@@ -11,6 +12,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+class LanguageModel(GPTModel):
+    """A GPTModel whose last stage gives hidden states [b, S or S/tp, h]: whoever reads applies the vocabulary head to
+    the positions it wants (models/vocabulary.py), and logits of the others are never made."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        # What GPTModel.forward returns (mcore 0.16.1 gpt_model.py:539); the other arguments are for its own loss.
+        return hidden_states.transpose(0, 1) if self.post_process else hidden_states
 
 
 class ScalarHead(torch.nn.Module):

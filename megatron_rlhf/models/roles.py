@@ -1,7 +1,6 @@
 """What a role reads off its network: response log-probs of a policy, values of a value model, the score of a reward.
 
-b rows, c lines of S positions that hold them (`Rows.places`), R response tokens, V vocabulary. Everything leaves in
-fp32.
+b rows, c lines of S positions that hold them (`Rows.places`), R response tokens, H hidden. Everything leaves in fp32.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_rlhf.batch import Rows
+from megatron_rlhf.models import vocabulary
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.parallel import vocab
 
 Forward = Callable[[Network, Tensor, Rows, int], Tensor]
 
@@ -31,23 +30,17 @@ class Read:
         return (width,) if self.per_token else ()
 
 
-def logprobs(temperature: float = 1.0) -> Read:
+def logprobs(temperature: float = 1.0, *, head_rows: int = 0) -> Read:
     """Reads log π(y_t | x, y_<t) of the temperature-scaled softmax over the true vocabulary, [b, R], 0 on padding.
 
-    Collective: tp.
+    The vocabulary head sees the positions that predict response tokens and no others, `head_rows` at a time where that
+    is not 0 (models/vocabulary.py). Collective: tp.
     """
 
-    def read(network: Network, logits_cSV: Tensor, rows: Rows, width: int) -> Tensor:
-        targets_cS = _targets(rows, logits_cSV.shape[:2]).to(logits_cSV.device)
-        found_cS, _ = vocab.logprobs(
-            logits_cSV,
-            targets_cS,
-            vocab_start=network.vocab_start,
-            vocab_size=network.model.vocabulary,
-            group=network.grid.groups.tp if network.grid.groups is not None else None,
-            temperature=temperature,
-        )
-        return _aligned(found_cS, rows, width)
+    def read(network: Network, hidden_cSH: Tensor, rows: Rows, width: int) -> Tensor:
+        hidden_NH, at = responses(network, hidden_cSH, rows, width)
+        found_N = vocabulary.logprobs(network, hidden_NH, at.targets_N, temperature=temperature, rows=head_rows)
+        return at.spread(found_N)
 
     return Read(read)
 
@@ -71,16 +64,35 @@ def scores() -> Read:
     return Read(read, per_token=False)
 
 
-def _targets(rows: Rows, shape: torch.Size) -> Tensor:
-    """The next token where it belongs to the row's response, -1 elsewhere, [c, S]."""
-    targets_cS = torch.full(shape, -1, dtype=torch.int64)
-    following_bT = rows.tokens_BT[:, 1:]
-    position_T = torch.arange(following_bT.shape[1])
-    predicts_bT = (position_T >= rows.prompt_lengths_B[:, None] - 1) & (position_T < rows.lengths_B[:, None] - 1)
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """The N response tokens of b rows: which of [b, R] they are, and what they are."""
+
+    exists_bR: Tensor
+    targets_N: Tensor
+
+    def spread(self, found_N: Tensor) -> Tensor:
+        """Their numbers as [b, R], 0 on padding."""
+        return found_N.new_zeros(self.exists_bR.shape).masked_scatter(self.exists_bR, found_N)
+
+
+def responses(network: Network, hidden_cSH: Tensor, rows: Rows, width: int) -> tuple[Tensor, Responses]:
+    """The hidden states [N, H] of the positions that predict response tokens, equal on the ranks of tp, and the tokens.
+
+    Collective: tp, under sequence parallelism.
+    """
+    hidden_cSH = vocabulary.whole(network, hidden_cSH)
+    exists_bR = rows.response_mask_BR(width) > 0
     line_b, start_b = rows.places()
-    line_bT, place_bT = line_b[:, None].expand_as(predicts_bT), start_b[:, None] + position_T
-    targets_cS[line_bT[predicts_bT], place_bT[predicts_bT]] = following_bT[predicts_bT]
-    return targets_cS
+    token_bR = rows.prompt_lengths_B[:, None] + torch.arange(width)
+    # a row without a prompt has no position that predicts its first token; its own is taken
+    place_bR = start_b[:, None] + (token_bR - 1).clamp(min=0)
+    index_N = (place_bR * len(hidden_cSH) + line_b[:, None])[exists_bR]
+    targets_bR = rows.tokens_BT.gather(1, token_bR.clamp(max=rows.tokens_BT.shape[1] - 1))
+    here = hidden_cSH.device
+    # Megatron lays positions before lines, so this flattens without a copy
+    hidden_NH = hidden_cSH.transpose(0, 1).flatten(0, 1).index_select(0, index_N.to(here))
+    return hidden_NH, Responses(exists_bR.to(here), targets_bR[exists_bR].to(here))
 
 
 def _aligned(found_cS: Tensor, rows: Rows, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Model
 from megatron_rlhf.models import transformer_engine
 from megatron_rlhf.models.attention import CoreAttention
-from megatron_rlhf.models.heads import ScalarModel
+from megatron_rlhf.models.heads import LanguageModel, ScalarModel
 from megatron_rlhf.models.norm import Norm, local_layer
 from megatron_rlhf.models.rope import Rotary, attention_factor
 from megatron_rlhf.parallel.grid import Grid
@@ -30,7 +30,7 @@ def build(
     layers. Its weights are allocated and not yet set."""
     assert grid.groups is not None
     last = config.virtual_pipeline_model_parallel_size or 1
-    kind: Any = ScalarModel if scalar else GPTModel
+    kind: Any = ScalarModel if scalar else LanguageModel
     extra = {} if scalar else {"share_embeddings_and_output_weights": model.tied}
     stage: GPTModel = kind(
         config=config,

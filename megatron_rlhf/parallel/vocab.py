@@ -239,6 +239,8 @@ def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[tp, K, N]: every rank's statistics in rank order. Collective: `group`."""
     if group is None or group.size() == 1:
         return local[None]
+    if local.shape[-1] == 0:  # on all ranks
+        return local.expand(group.size(), *local.shape)
     parts = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(parts, local, group=group)
     return torch.stack(parts)

@@ -163,7 +163,8 @@ def train(run: Session) -> dict[str, float]:
 def prepared(run: Session) -> Run:
     """The roles with their starting weights: the value model is the reward model, head and all. Collective: world."""
     config, layout = run.config, run.config.layout
-    read, seed = roles.logprobs(config.sampling.temperature), config.seed
+    seed = config.seed
+    read = roles.logprobs(config.sampling.temperature, head_rows=config.compute.head_rows)
     tokenizer = run.tokenizer()
 
     dropout = config.ppo.dropout

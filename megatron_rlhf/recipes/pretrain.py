@@ -28,7 +28,7 @@ def pretrain(run: Session) -> dict[str, float]:
     stream = PretrainingStream(run.data / "pretraining.train", settings.length, run.config.seed)
     engine = Engine(
         run.network(run.config.model, run.config.layout.pretrain),
-        roles.logprobs(),
+        roles.logprobs(head_rows=run.config.compute.head_rows),
         run.config.compute,
         adam=run.config.adam,
         learning=settings.learning,

@@ -35,7 +35,12 @@ def tune(run: Session, stage: str, settings: Sft) -> dict[str, float]:
     network = run.network(config.model, config.layout.policy, dropout=settings.dropout)
     weights.load(network, run.weights("pretrain"))
     engine = Engine(
-        network, roles.logprobs(), config.compute, adam=config.adam, learning=settings.learning, seed=config.seed
+        network,
+        roles.logprobs(head_rows=config.compute.head_rows),
+        config.compute,
+        adam=config.adam,
+        learning=settings.learning,
+        seed=config.seed,
     )
     mixed = round(settings.batch * settings.pretraining_fraction)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_rlhf.batch import Prompts, Rollout
 from megatron_rlhf.generate.engine import Generator
 from megatron_rlhf.generate.sampling import Draw
-from megatron_rlhf.models import decode, roles
+from megatron_rlhf.models import decode, roles, vocabulary
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel import random
 from megatron_rlhf.parallel.collectives import any_rank, broadcast
@@ -61,7 +61,8 @@ def recomputed(rollout: Rollout, draw_as: Draw, built: Network | None = None) ->
     if built.grid.inside:
         positions = torch.arange(rows.tokens_BT.shape[1]).expand_as(rows.tokens_BT)
         with torch.no_grad():
-            logits = built.chunks[0].eval()(rows.tokens_BT, positions, attention_mask=None)
+            hidden = built.chunks[0].eval()(rows.tokens_BT, positions, attention_mask=None)
+            logits = vocabulary.logits(built, hidden)
         for place in range(rows.width):
             at_B = (rows.prompt_lengths_B + place - 1).clamp(max=logits.shape[1] - 1)
             found[:, place] = logits[torch.arange(len(rows)), at_B, : MODEL.vocabulary] / temperature

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlhf.batch import Rows
-from megatron_rlhf.models import roles
+from megatron_rlhf.models import roles, vocabulary
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import gather
 
@@ -23,8 +23,9 @@ class AllLogits(roles.Read):
 def all_logits(length: int, words: int) -> roles.Read:
     """What a policy says of each of `words` words at the first `length` positions."""
 
-    def read(network: Network, logits_bSV: Tensor, rows: Rows, width: int) -> Tensor:
+    def read(network: Network, hidden_bSH: Tensor, rows: Rows, width: int) -> Tensor:
         assert network.grid.groups is not None
+        logits_bSV = vocabulary.logits(network, vocabulary.whole(network, hidden_bSH))
         shards = gather(logits_bSV, network.grid.groups.tp)
         return torch.cat(list(shards), -1)[:, :length, :words].float()
 

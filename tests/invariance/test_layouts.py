@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rlhf.batch import Rollout
 from megatron_rlhf.generate.engine import Generator
 from megatron_rlhf.generate.sampling import Draw
-from megatron_rlhf.models import roles
+from megatron_rlhf.models import roles, vocabulary
 from megatron_rlhf.parallel import random
 from megatron_rlhf.parallel.collectives import broadcast
 from megatron_rlhf.recipes import losses
@@ -113,7 +113,8 @@ def gap(rollout: Rollout, row: int, place: int, draw_as: Draw, style: str) -> fl
         end = int(rollout.rows.prompt_lengths_B[row]) + place
         tokens = rollout.rows.tokens_BT[row : row + 1, :end]
         with torch.no_grad():
-            logits = built.chunks[0].eval()(tokens, torch.arange(end)[None], attention_mask=None)[0, -1]
+            hidden = built.chunks[0].eval()(tokens, torch.arange(end)[None], attention_mask=None)[0, -1]
+            logits = vocabulary.logits(built, hidden)
         words = tiny.MODEL.vocabulary
         noise = random.gumbel(draw_as.seed, draw_as.iteration, torch.tensor([row]), torch.tensor([place]), 0, words)
         best = (logits[:words] + noise[0]).topk(2).values

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from megatron_rlhf.batch import PackedRows, Rows
-from megatron_rlhf.models import roles
+from megatron_rlhf.models import roles, vocabulary
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.parallel.collectives import gather
 from megatron_rlhf.recipes import losses
@@ -117,7 +117,7 @@ def test_reads_stand_where_the_contract_says() -> None:
         return
     positions = torch.arange(rows.tokens_BT.shape[1]).expand_as(rows.tokens_BT)
     with torch.no_grad():
-        logits = policy.chunks[0](rows.tokens_BT, positions, attention_mask=None)
+        logits = vocabulary.logits(policy, policy.chunks[0](rows.tokens_BT, positions, attention_mask=None))
         values = scalar.chunks[0](rows.tokens_BT, positions, attention_mask=None).squeeze(-1)
     for b in range(len(rows)):
         start, end = int(rows.prompt_lengths_B[b]), int(rows.lengths_B[b])
