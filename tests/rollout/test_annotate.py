@@ -134,17 +134,18 @@ def test_a_reference_that_lodges_is_compared_like_one_of_its_own(words: str, tie
 
 
 class Widest(TorchDispatchMode):
-    """The most rows that any tensor of `width` columns has."""
+    """The most rows that any tensor of `width` columns has, but for the transposed head itself."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.width = width
+        self.head = (hidden, width)
         self.rows = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(each, Tensor) and each.dim() > 1 and each.shape[-1] == self.width:
+            if isinstance(each, Tensor) and each.shape[-1:] == (self.width,) != each.shape != self.head:
                 self.rows = max(self.rows, each.numel() // self.width)
         return result
 
@@ -172,7 +173,7 @@ def test_logits_exist_for_a_few_positions_at_a_time(head_rows: int, most: int) -
     model, rows = replace(tiny.MODEL, vocabulary=203), tiny.rows(13)
     policy, reference = (frozen("tp2 pp2", seed, model, rows=208) for seed in (POLICY, REFERENCE))
     value, compared = valued("tp2 pp2"), ExactKl(T, head_rows=head_rows)
-    with mock.patch.object(vocabulary, "FORWARD_ROWS", 7), counted() as seen, Widest(104) as widest:
+    with mock.patch.object(vocabulary, "FORWARD_ROWS", 7), counted() as seen, Widest(104, model.hidden) as widest:
         annotate(rollout(rows), policy, reference, value, compared)
     last = policy.network.grid.last_stage
     assert sum(seen) == (int(rows.response_lengths_B.sum()) if last else 0)
