@@ -1,8 +1,8 @@
 """The whole chain in one launch, very small: every stage runs, the report holds what it promises, a signal is survived.
 
 Proves: prepare → pretrain → SFT → rank → reward → PPO-ptx → evaluation → report under tp2 pp2 with generation at
-tp2 dp2; first KL exactly 0, first ratio 1, no drift; a PPO run stopped by SIGUSR1 exits 75 and goes on bit-equal; a PPO run
-with the exact KL and the reference in the policy's place.
+tp2 dp2; first KL exactly 0, first ratio 1, no drift; a PPO run stopped by SIGUSR1 exits 75 and goes on bit-equal; one
+whose KL is exact and whose reference lodges in the policy's place.
 Not proved here: that the result is better than the baseline (`make quickstart` measures it), kills without warning.
 """
 
