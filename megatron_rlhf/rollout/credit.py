@@ -19,7 +19,8 @@ def credit(annotated: Annotated, ppo: Ppo, *, kl_coef: float) -> Experience:
         annotated.reference_logprobs_BR,
         mask_BR,
         kl_coef=kl_coef,
-        estimator=cast(Literal["k1", "k2", "k3"], ppo.kl.estimator),
+        estimator=cast(Literal["k1", "k2", "k3", "exact"], ppo.kl.estimator),
+        exact_kl_BR=annotated.exact_kl_BR,
     )
     if ppo.whiten_rewards:
         rewards_BR = masked.whiten(rewards_BR, mask_BR, shift_mean=False)
