@@ -4,7 +4,7 @@
 
 A pass is `Engine.forward`, without gradient, of a GPT of 4 layers, 256 wide, 50,304 words, over 32 rows of 128 prompt
 and 128 response tokens in one micro-batch, fp32, on one rank of two threads and on two ranks (tp2) of one. Sides, each
-in processes of its own:
+in processes of its own, which take turns; numbers are medians of them:
 
 * now: the head sees the positions that predict response tokens, at most 1,024 of them at a time.
 * kernels only: the head makes the logits of every position, as Megatron-Core's GPTModel does, and the kernels take the
@@ -35,6 +35,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,17 +56,26 @@ _NEAR = 1e-4
 Numbers = dict[str, float]
 
 
-def sides(task: Task) -> list[str]:
-    """The sides that a task has."""
-    return [side for side in SIDES if side != "eager" or task.tp == 1]
-
-
-def measure(task: Task, turns: int) -> Numbers:
-    """Medians of one side."""
-    threads = 2 if task.tp == 1 else 1
-    with Contestant("benchmarks.annotating.side", [task.word()], ranks=task.tp, threads=threads) as side:
-        taken = [side.turn() for _ in range(turns)]
-        return {key: statistics.median(turn[key] for turn in taken) for key in taken[0]}
+def measure(task: Task, turns: int) -> dict[str, Numbers]:
+    """Medians of the task's sides, which take turns, whoever was last first in the next round."""
+    names = [side for side in SIDES if side != "eager" or task.tp == 1]
+    taken: dict[str, list[Numbers]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        sides = [
+            Contestant(
+                "benchmarks.annotating.side",
+                [replace(task, side=name).word()],
+                ranks=task.tp,
+                threads=2 if task.tp == 1 else 1,
+            )
+            for name in names
+        ]
+        order = [(name, stack.enter_context(side)) for name, side in zip(names, sides, strict=True)]
+        for _ in range(turns):
+            for name, side in order:
+                taken[name].append(side.turn())
+            order.reverse()
+    return {name: {key: statistics.median(turn[key] for turn in of) for key in of[0]} for name, of in taken.items()}
 
 
 def rows(task: Task, found: dict[str, Numbers]) -> list[Row]:
@@ -93,10 +103,7 @@ def rows(task: Task, found: dict[str, Numbers]) -> list[Row]:
 
 def run(tasks: Sequence[Task], turns: int) -> list[Row]:
     """The rows of all tasks."""
-    found: list[Row] = []
-    for task in tasks:
-        found += rows(task, {side: measure(replace(task, side=side), turns) for side in sides(task)})
-    return found
+    return [row for task in tasks for row in rows(task, measure(task, turns))]
 
 
 def main() -> None:
@@ -104,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="resident memory of CPU processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument("--turns", type=int, default=3, help="measured passes of each side")
+    parser.add_argument("--turns", type=int, default=5, help="measured passes of each side")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that everything runs")
     asked = parser.parse_args()
     found = run([TOY, replace(TOY, tp=2)] if asked.toy else TASKS, asked.turns)

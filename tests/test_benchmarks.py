@@ -172,9 +172,10 @@ def test_annotate_is_measured_beside_its_formula() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(not library.loaded(), reason=library.WHY_NOT)
-def test_annotate_runs_at_toy_size() -> None:
+def test_annotate_runs_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of every position need the memory that the formula says, and those of responses a fraction of it."""
-    found = {side: annotate.measure(replace(annotate.TOY, side=side), 1) for side in (NOW, "before")}
+    monkeypatch.setattr(annotate, "SIDES", (NOW, "before"))
+    found = annotate.measure(annotate.TOY, 1)
     rows = {row.metric: row for row in annotate.rows(annotate.TOY, found)}
     before = rows["extra peak memory, before"]
     assert before.ours is not None and before.ours == pytest.approx(before.theirs, rel=0.5)
