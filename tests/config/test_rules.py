@@ -64,6 +64,7 @@ BROKEN = [
     (["pretrain.learning.warmup=1001"], "pretrain.learning.warmup=1001 is longer than the run's 1000"),
     (["compute.buckets=0"], "compute.buckets is 0; it must be at least 1"),
     (["compute.pack_tokens=-1", "compute.packing=true"], "compute.pack_tokens is -1; it must be at least 0"),
+    (["compute.head_rows=-1"], "compute.head_rows is -1; it must be at least 0"),
     (["compute.pack_tokens=512"], "compute.pack_tokens=512 needs packed rows; write compute.packing=true"),
     (
         ["layout.policy=tp2 dp2 sp", "model.context=129"],
