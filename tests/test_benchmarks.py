@@ -1,5 +1,6 @@
 """Proves that the benchmark of a PPO iteration runs on our side and writes what it promises, at toy size: rows with the
-agreed keys, a ratio above 1 where ours is better, the rival "not run" and without numbers where it is not installed.
+agreed keys, a ratio above 1 where ours is better, the rival "not run" and without numbers where it is not installed;
+that annotate's memory stands beside its formula, and one checkout's iteration beside another's.
 
 Not proved here: the numbers, which a quiet machine measures; the rival's side, which runs where its extra is installed.
 """
@@ -117,13 +118,13 @@ def test_phases_of_two_checkouts_are_compared() -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_checkout_runs_beside_another() -> None:
+def test_a_checkout_runs_beside_another(tmp_path: Path) -> None:
     """This one beside itself, each with its own four ranks; a folder without the code says so."""
     found = before_after.run(TOY, result.ROOT, result.ROOT, 1)
     assert {row.metric for row in found} > {"iteration", "generate", "annotate", "policy", "pretraining"}
     assert all(row.ours and row.theirs for row in found)
     with pytest.raises(RuntimeError, match="does not run its own code"):
-        before_after.name(result.ROOT.parent)
+        before_after.name(tmp_path)
 
 
 @pytest.mark.slow
