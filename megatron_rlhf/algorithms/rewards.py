@@ -28,7 +28,7 @@ def shape(
 
     With k1 the rewards of a response sum to score - `kl_coef` x log(pi(y|x) / pi_ref(y|x)), as in eq. (2). With exact
     the KL is `exact_kl_BR`, the expectation of k1 over the tokens that might have been drawn; it is the same whichever
-    was, so it credits the tokens before and not the token itself. Raises ValueError where it is missing.
+    was, so it credits the tokens before and not the token itself (`own` does). Raises ValueError where it is missing.
     """
     if estimator != "exact":
         kl_BR = kl.estimate(logprobs_BR, reference_logprobs_BR, estimator)
@@ -40,6 +40,18 @@ def shape(
     left_BR = mask_BR.flip(1).cumsum(1).flip(1)
     last_BR = mask_BR * (left_BR == 1)
     return masked.kept(scores_B[:, None].expand_as(mask_BR), last_BR) - penalty_BR
+
+
+def own(
+    logprobs_BR: Tensor, reference_logprobs_BR: Tensor, exact_kl_BR: Tensor, mask_BR: Tensor, *, kl_coef: float
+) -> Tensor:
+    """What the token drawn adds to its own advantage where the reward has the exact KL, [B, R]: -`kl_coef` x (k1 - KL).
+
+    Its mean over draws is 0, and its policy gradient that of the position's own KL, which the exact reward, the same
+    for all tokens, cannot have; no other token's advantage nor a return contains it.
+    """
+    k1_BR = kl.estimate(logprobs_BR, reference_logprobs_BR, "k1")
+    return -kl_coef * masked.kept(k1_BR - exact_kl_BR, mask_BR)
 
 
 def missing_end(scores_B: Tensor, ended_B: Tensor, *, rule: str, value: float) -> Tensor:

@@ -78,9 +78,10 @@ def test_an_exact_kl_replaces_the_estimates() -> None:
     assert torch.equal(plain, beside)
 
 
-def test_an_exact_kl_credits_the_tokens_before_and_not_the_token_itself() -> None:
+def test_an_exact_kl_credits_the_tokens_before_and_own_the_token_itself() -> None:
     """Two tokens of five words, every response enumerated in float64. The policy gradient of the rewards to go is, with
-    k1, that of the whole KL; with the exact KL it lacks the gradient of each position's own, and has all of the rest.
+    k1, that of the whole KL; with the exact KL it lacks the gradient of each position's own, which `own` gives, and has
+    all of the rest. Together they spread less over the responses than k1 does.
     """
     generator = torch.Generator().manual_seed(5)
     first, second = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5,), (5, 5)))
@@ -98,9 +99,18 @@ def test_an_exact_kl_credits_the_tokens_before_and_not_the_token_itself() -> Non
         found = torch.autograd.grad(of, (first, second), retain_graph=True)
         return torch.cat([x.flatten() for x in found])
 
-    def of_policy(shaped: Tensor) -> Tensor:
-        to_go = shaped.detach().flip(1).cumsum(1).flip(1)
+    def of_policy(shaped: Tensor, more: Tensor | float = 0.0) -> Tensor:
+        to_go = to_go_of(shaped) + (more.detach() if isinstance(more, Tensor) else more)
         return gradient((chance.detach()[:, None] * logprobs * to_go).sum())
+
+    def to_go_of(shaped: Tensor) -> Tensor:
+        return shaped.detach().flip(1).cumsum(1).flip(1)
+
+    def spread(advantages: Tensor) -> float:
+        """The variance of the gradient over responses."""
+        each = torch.stack([gradient((logprobs[b] * advantages[b]).sum()) for b in range(25)])
+        weight = chance.detach()[:, None]
+        return float(((each - (weight * each).sum(0)) ** 2 * weight).sum())
 
     whole = gradient((chance * (logprobs - reference).sum(1)).sum())
     own = gradient(kl_1 + (p[0].exp().detach() * kl_2).sum())
@@ -109,6 +119,12 @@ def test_an_exact_kl_credits_the_tokens_before_and_not_the_token_itself() -> Non
     by_exact = of_policy(rewards.shape(*made, kl_coef=1.0, estimator="exact", exact_kl_BR=exact))
     torch.testing.assert_close(-by_k1, whole)
     torch.testing.assert_close(-by_exact, whole - own)
+    shaped = rewards.shape(*made, kl_coef=1.0, estimator="exact", exact_kl_BR=exact)
+    of_own = rewards.own(logprobs, reference, exact, mask, kl_coef=1.0)
+    torch.testing.assert_close(-of_policy(shaped, of_own), whole)
+    torch.testing.assert_close((chance[:, None] * of_own).sum(0), torch.zeros(2, dtype=torch.float64))
+    k1_spread = spread(to_go_of(rewards.shape(*made, kl_coef=1.0)))
+    assert spread(to_go_of(shaped) + of_own.detach()) < 0.9 * k1_spread, k1_spread
     assert own.norm() > 0.1 and by_exact.norm() > 0.01
     assert by_exact[5:].abs().max() < 1e-15, "the last token is not held back at all"
 
