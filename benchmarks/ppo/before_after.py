@@ -7,6 +7,9 @@ random weights, so that every response has the same length on both sides; each s
 are its kernels, which must be built there. Both live at once and alternate iteration by iteration, whoever was second
 first in the next round; a number is the median of a side's turns after warm-up. `ours` is AFTER, which is this checkout
 unless it is named, `theirs` BEFORE; `ratio` > 1 means that the iteration has become faster.
+
+On Linux phases whose code is the same may differ by a few per cent: glibc keeps freed memory up to twice the largest
+block it has seen freed, so a side with smaller tensors returns more of it and pays for page faults.
 """
 
 from __future__ import annotations
