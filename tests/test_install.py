@@ -28,8 +28,8 @@ from zipfile import ZipFile
 import pytest
 
 from megatron_rlhf.ops import library
+from tests.helpers.checkout import ROOT, copied
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = Path(sysconfig.get_path("purelib"))
 TORCH = ("torch", "torchgen", "functorch")
 NO_COMPILER = "the slower Python references (no C++ compiler: g++ was not found)"
@@ -113,10 +113,7 @@ def environment(folder: Path, programs: tuple[str, ...] = (), *, torch: bool = T
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a checkout holds, without builds; the cases build in it one after another, each over the last."""
-    folder = tmp_path_factory.mktemp("source") / "megatron-rlhf"
-    builds = (".*", "*.so", "kernels.json", "build", "*.egg-info", "__pycache__", "runs", "outputs")
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*builds))
-    return folder
+    return copied(tmp_path_factory.mktemp("source") / "megatron-rlhf")
 
 
 def check(environment: Environment, *, kernels: list[str], says: str, at: Path) -> None:
