@@ -9,7 +9,7 @@ from tests.helpers import grid
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """csrc/test_other_torch.py fetches what is named, and nothing by itself."""
-    parser.addoption("--torch", action="append", metavar="VERSION", help="a torch to load the kernels under; repeatable")
+    parser.addoption("--torch", action="append", metavar="VERSION", help="a torch to try the kernels under; repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,6 @@ from tests.helpers import try_ops
 from tests.helpers.checkout import copied
 
 
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test once a version."""
     metafunc.parametrize("version", metafunc.config.getoption("--torch") or [""], scope="module")
