@@ -4,13 +4,15 @@ OUT ?= runs/quickstart
 BIN := .venv/bin
 READY := .venv/.ready
 RIVALS := .venv/.rivals
+TORCHES ?= 2.10.0 2.12.0 2.15.0
 
-.PHONY: help quickstart test acceptance check bench clean
+.PHONY: help quickstart test acceptance torches check bench clean
 
 help:
 	@echo "make quickstart   the whole chain, small, on 4 CPU processes: pretrain, SFT, rank, reward, PPO-ptx, report in $(OUT)"
 	@echo "make test         every test but the long proofs; what CI runs"
 	@echo "make acceptance   every test, the long proofs too"
+	@echo "make torches      the kernels under CUDA builds of other torch versions; fetches 3 to 4 GB for each of TORCHES"
 	@echo "make check        ruff, mypy and the arrows between the rooms"
 	@echo "make bench        every benchmark; results go to benchmarks/results"
 	@echo "make clean        remove the caches and builds (runs/ and .venv stay)"
@@ -32,6 +34,9 @@ test: $(READY)
 
 acceptance: $(READY)
 	$(BIN)/python -m pytest
+
+torches: $(READY)
+	$(BIN)/python -m pytest tests/csrc/test_other_torch.py $(addprefix --torch=,$(TORCHES))
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def torch_folder() -> Path:
         folder = Path(place or ".") / "torch"
         if (folder / "include/torch/csrc/stable/library.h").exists():
             return folder
-    raise Impossible("torch's headers were not found; install torch >= 2.10 first, then this package")
+    raise Impossible("torch >= 2.10 was not there yet: install this package again")
 
 
 def compiler() -> list[str]:

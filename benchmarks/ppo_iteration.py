@@ -122,8 +122,8 @@ def measure(
 
 def rows(case: str, task: Task, ours: Turns, theirs: Turns, rival: str) -> list[Row]:
     """The rows of one case; `ours` or `theirs` may be empty, their numbers are then None."""
-    for turn in ours:
-        turn["phases"]["update"] = sum(turn["phases"].get(part, 0.0) for part in PARTS)
+    for turn in (*ours, *theirs):
+        turn["phases"].setdefault("update", sum(turn["phases"].get(part, 0.0) for part in PARTS))
     names = [*PHASES, *(part for part in PARTS if any(turn["phases"].get(part, 0.0) > 1e-3 for turn in ours))]
     found = [_row(case, "iteration", "s", rival, _median(ours, "seconds"), _median(theirs, "seconds"))]
     for name in names:

@@ -124,13 +124,15 @@ class Rollout(_Sliced):
 @dataclass(frozen=True, slots=True)
 class Annotated(_Sliced):
     """A scored rollout with the log-probs of the policy and of the reference and the values, all as the train layout
-    computes them."""
+    computes them; with the exact KL and the policy's entropy at every response token where they were asked for."""
 
     rollout: Rollout
     old_logprobs_BR: Tensor
     reference_logprobs_BR: Tensor
     values_BR: Tensor
     mask_BR: Tensor
+    exact_kl_BR: Tensor | None = None
+    entropy_BR: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,8 @@ class Experience(_Sliced):
 
 
 def _pick(value: object, index: Tensor) -> object:
+    if value is None:
+        return None
     if isinstance(value, _Sliced):
         return value.select(index)
     assert isinstance(value, Tensor)

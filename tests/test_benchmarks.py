@@ -1,5 +1,6 @@
 """Proves that the benchmark of a PPO iteration runs on our side and writes what it promises, at toy size: rows with the
-agreed keys, a ratio above 1 where ours is better, the rival "not run" and without numbers where it is not installed.
+agreed keys, a ratio above 1 where ours is better, the rival "not run" and without numbers where it is not installed;
+that annotate's memory stands beside its formula, and one checkout's iteration beside another's.
 
 Not proved here: the numbers, which a quiet machine measures; the rival's side, which runs where its extra is installed.
 """
@@ -7,17 +8,22 @@ Not proved here: the numbers, which a quiet machine measures; the rival's side, 
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import logprob, ppo_iteration
+from benchmarks import annotate, logprob, ppo_iteration
+from benchmarks.annotating.task import NOW
 from benchmarks.harness import result
 from benchmarks.harness.result import Row
 from benchmarks.harness.turns import Contestant
 from benchmarks.kernels import duel
+from benchmarks.ppo import before_after
 from benchmarks.ppo.task import TOY, Task
+from megatron_rlhf.ops import library
 
 KEYS = ["case", "metric", "unit", "ours", "rival", "theirs", "ratio", "floor"]
 
@@ -100,6 +106,27 @@ def test_every_case_runs(case: ppo_iteration.Case) -> None:
     assert (ours[0]["phases"]["pretraining"] > 1e-3) == ("mix" in case.name)
 
 
+def test_phases_of_two_checkouts_are_compared() -> None:
+    """Where both sides tell value, policy and pretraining apart, each has its ratio, and updates are their sum."""
+    parts = {"generate": 1.0, "score": 0.1, "annotate": 0.2, "value": 0.5}
+    ours, theirs = [turn(3.0, **parts, policy=0.5)], [turn(4.0, **parts, policy=1.5)]
+    found = {r.metric: r for r in ppo_iteration.rows("x", Task(), ours, theirs, "before")}
+    assert (found["iteration"].theirs, found["policy"].ratio) == (4.0, 3.0)
+    assert found["update"].ratio == 2.0
+    assert found["rest"].theirs == pytest.approx(0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_checkout_runs_beside_another(tmp_path: Path) -> None:
+    """This one beside itself, each with its own four ranks; a folder without the code says so."""
+    found = before_after.run(TOY, result.ROOT, result.ROOT, 1)
+    assert {row.metric for row in found} > {"iteration", "generate", "annotate", "policy", "pretraining"}
+    assert all(row.ours and row.theirs for row in found)
+    with pytest.raises(RuntimeError, match="does not run its own code"):
+        before_after.name(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not ppo_iteration.rival_there(), reason="the extra `bench` is not installed")
 def test_the_rival_takes_its_turns() -> None:
@@ -128,3 +155,38 @@ def test_an_operator_is_measured_at_toy_size() -> None:
     assert all(row.ours is not None and row.theirs is not None for row in found[:3])
     assert found[0].floor is not None and found[1].floor is None
     assert all(row.theirs is None and row.rival.startswith("nobody: not run") for row in found[3:])
+
+
+def test_annotate_is_measured_beside_its_formula() -> None:
+    """The documented sizes give the documented bytes; sides that disagree on the log-probs are an error."""
+    near, far = (replace(annotate.TASKS[0], side=side).predicted(annotate.AT_ONCE) / 2**20 for side in (NOW, "before"))
+    assert (near, far) == (212.5, 3160.0)
+    numbers = {"seconds": 1.0, "extra": 2.0**28, "mean": -10.0}
+    found = annotate.rows(annotate.TASKS[0], {NOW: numbers, "before": {**numbers, "extra": 2.0**30, "seconds": 3.0}})
+    by = {(row.metric, row.rival): row for row in found}
+    drop = by["drop from before", annotate.FORMULA]
+    assert (drop.ours, drop.theirs) == (768.0, 2947.5)
+    assert (by["extra peak memory", "before"].ratio, by["seconds", "before"].ratio) == (4.0, 3.0)
+    with pytest.raises(RuntimeError, match="mean log-probs"):
+        annotate.rows(annotate.TASKS[0], {NOW: numbers, "before": {**numbers, "mean": -9.0}})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not library.loaded(), reason=library.WHY_NOT)
+def test_annotate_runs_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of every position need the memory that the formula says, and those of responses a fraction of it."""
+    monkeypatch.setattr(annotate, "SIDES", (NOW, "before"))
+    found = annotate.measure(annotate.TOY, 1)
+    rows = {row.metric: row for row in annotate.rows(annotate.TOY, found)}
+    before = rows["extra peak memory, before"]
+    assert before.ours is not None and before.ours == pytest.approx(before.theirs, rel=0.5)
+    assert found["before"]["extra"] > 2 * found[NOW]["extra"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not library.loaded(), reason=library.WHY_NOT)
+def test_annotate_runs_on_every_side() -> None:
+    """All sides of one rank and of two agree on the log-probs."""
+    annotate.run([annotate.TOY, replace(annotate.TOY, tp=2)], 1)

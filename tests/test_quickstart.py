@@ -1,13 +1,15 @@
 """The whole chain in one launch, very small: every stage runs, the report holds what it promises, a signal is survived.
 
 Proves: prepare → pretrain → SFT → rank → reward → PPO-ptx → evaluation → report under tp2 pp2 with generation at
-tp2 dp2; first KL exactly 0, first ratio 1, no drift; a PPO run stopped by SIGUSR1 exits 75 and goes on bit-equal.
+tp2 dp2; first KL exactly 0, first ratio 1, no drift; a PPO run stopped by SIGUSR1 exits 75 and goes on bit-equal; one
+whose KL is exact and whose reference lodges in the policy's place.
 Not proved here: that the result is better than the baseline (`make quickstart` measures it), kills without warning.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -103,6 +105,24 @@ def test_stopped_by_a_signal_it_exits_75_and_goes_on_bit_equal(finished: Path, t
     for file in sorted((finished / "ppo" / "weights").glob("*.pt")):
         mine, theirs = (torch.load(folder / "ppo" / "weights" / file.name) for folder in (out, finished))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_with_an_exact_kl_and_a_reference_that_lodges(finished: Path, tmp_path: Path) -> None:
+    """The first rollout is the plain run's, exactly 0 from the reference; the KL is never negative from then on, and
+    the entropy is logged beside it."""
+    out = tmp_path / "exact"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("ppo", "tensorboard", "log.jsonl", "plots"))
+    words = ("ppo.kl.estimator=exact", "reshard.share_reference=true", "ppo.iterations=2")
+    done = subprocess.run(command("ppo", out, *words), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, plain = rows(out, "ppo"), rows(finished, "ppo")
+    assert found[0]["kl"] == plain[0]["kl"] == 0 and found[1]["kl"] > 0
+    for name in ("score", "response_length", "drift"):
+        assert found[0][name] == pytest.approx(plain[0][name], rel=1e-6), name
+    assert all(0 < row["entropy"] < math.log(2048) for row in found)
+    assert "entropy" not in plain[0]
+    checks = json.loads((out / "ppo" / "weights" / "manifest.json").read_text())["checks"]
+    assert checks["step0_kl"] == 0 and checks["first_ratio_error"] <= 1e-5
 
 
 def test_a_run_saved_under_other_settings_is_not_taken_up(finished: Path, tmp_path: Path) -> None:

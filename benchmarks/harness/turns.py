@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,10 +31,19 @@ class Contestant:
     """The ranks of one module, `threads` threads each; `turn` runs it once."""
 
     def __init__(
-        self, module: str, words: Sequence[str], *, ranks: int = 1, threads: int = 1, device: str = "cpu"
+        self,
+        module: str,
+        words: Sequence[str],
+        *,
+        ranks: int = 1,
+        threads: int = 1,
+        device: str = "cpu",
+        checkout: Path = ROOT,
     ) -> None:
-        """Starts nothing yet; `words` are the module's arguments. On "cpu" the processes see no GPU."""
+        """Starts nothing yet; `words` are the module's arguments. On "cpu" the processes see no GPU. The module and
+        all it imports of ours are those of `checkout`."""
         self._command = [sys.executable, "-m", module, *words]
+        self._checkout = checkout
         self._ranks, self._threads = ranks, threads
         self._module, self._device = module, device
         self._processes: list[subprocess.Popen[str]] = []
@@ -49,7 +59,13 @@ class Contestant:
                 env = {**os.environ, **self._environment(rank, port)}
                 self._processes.append(
                     subprocess.Popen(
-                        self._command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe, stderr=self._said
+                        self._command,
+                        cwd=self._checkout,
+                        env=env,
+                        text=True,
+                        stdin=pipe,
+                        stdout=pipe,
+                        stderr=self._said,
                     )
                 )
             self.facts = self._answer()

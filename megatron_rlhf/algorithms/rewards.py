@@ -21,16 +21,37 @@ def shape(
     mask_BR: Tensor,
     *,
     kl_coef: float,
-    estimator: Literal["k1", "k2", "k3"] = "k1",
+    estimator: Literal["k1", "k2", "k3", "exact"] = "k1",
+    exact_kl_BR: Tensor | None = None,
 ) -> Tensor:
     """Rewards [B, R]: -`kl_coef` x KL on every response token, and the score on the last one; empty rows are all 0.
 
-    With k1 the rewards of a response sum to score - `kl_coef` x log(pi(y|x) / pi_ref(y|x)), as in eq. (2).
+    With k1 the rewards of a response sum to score - `kl_coef` x log(pi(y|x) / pi_ref(y|x)), as in eq. (2). With exact
+    the KL is `exact_kl_BR`, the expectation of k1 over the tokens that might have been drawn; it is the same whichever
+    was, so it credits the tokens before and not the token itself (`own` does). Raises ValueError where it is missing.
     """
-    penalty_BR = kl_coef * masked.kept(kl.estimate(logprobs_BR, reference_logprobs_BR, estimator), mask_BR)
+    if estimator != "exact":
+        kl_BR = kl.estimate(logprobs_BR, reference_logprobs_BR, estimator)
+    elif exact_kl_BR is not None:
+        kl_BR = exact_kl_BR
+    else:
+        raise ValueError("the exact KL is computed where episodes are annotated; these were annotated without it")
+    penalty_BR = kl_coef * masked.kept(kl_BR, mask_BR)
     left_BR = mask_BR.flip(1).cumsum(1).flip(1)
     last_BR = mask_BR * (left_BR == 1)
     return masked.kept(scores_B[:, None].expand_as(mask_BR), last_BR) - penalty_BR
+
+
+def own(
+    logprobs_BR: Tensor, reference_logprobs_BR: Tensor, exact_kl_BR: Tensor, mask_BR: Tensor, *, kl_coef: float
+) -> Tensor:
+    """What the token drawn adds to its own advantage where the reward has the exact KL, [B, R]: -`kl_coef` x (k1 - KL).
+
+    Its mean over draws is 0, and its policy gradient that of the position's own KL, which the exact reward, the same
+    for all tokens, cannot have; no other token's advantage nor a return contains it.
+    """
+    k1_BR = kl.estimate(logprobs_BR, reference_logprobs_BR, "k1")
+    return -kl_coef * masked.kept(k1_BR - exact_kl_BR, mask_BR)
 
 
 def missing_end(scores_B: Tensor, ended_B: Tensor, *, rule: str, value: float) -> Tensor:

@@ -40,7 +40,7 @@ _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("sft.loss_on", "rl_start.loss_on"), ("response", "sequence")),
     (("reward.denominator",), ("surviving", "all")),
     (("rank.policy",), ("sft", "rl_start")),
-    (("ppo.kl.estimator",), ("k1", "k2", "k3")),
+    (("ppo.kl.estimator",), ("k1", "k2", "k3", "exact")),
     (("ppo.normalisation",), ("tokens", "rows")),
     (("ppo.missing_end",), ("replace", "subtract", "keep")),
     (("ppo.average_unit",), ("update", "iteration")),
@@ -287,6 +287,7 @@ def _counts(config: Config) -> Iterator[str]:
 
 
 def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
+    parsed: dict[str, Layout] = {}
     for role in roles:
         model_name = _ROLES[role]
         words = getattr(config.layout, role)
@@ -296,6 +297,7 @@ def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
             remedy = "" if "write" in str(error) else f"; write for example layout.{role}=tp1"
             yield f"layout.{role}: {error}{remedy}"
             continue
+        parsed[role] = layout
         if role == "generate" and layout.vp > 1:
             yield f"layout.generate='{words}' asks for virtual stages, useless for generation; leave vp{layout.vp} out"
         if role == "generate" and layout.sp:
@@ -306,6 +308,12 @@ def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
         yield (
             f"reshard.share_reference=true puts the reference in the policy's place, layout.reference="
             f"'{config.layout.reference}' is another one; write 'layout.reference={config.layout.policy}'"
+        )
+    exact = config.ppo.kl.estimator == "exact" and {"policy", "reference"} <= parsed.keys()
+    if exact and parsed["policy"] != parsed["reference"]:
+        yield (
+            f"ppo.kl.estimator=exact puts the reference's logits beside the policy's, layout.reference="
+            f"'{config.layout.reference}' keeps them elsewhere; write 'layout.reference={config.layout.policy}'"
         )
 
 

@@ -288,7 +288,13 @@ class Kl:
     coef: float = 0.02
     """beta (appendix C.4)."""
     estimator: str = "k1"
-    """open: k1, k2 or k3 in the reward; k1 is the log-ratio of equation (2). k3 is always logged."""
+    """open: k1, k2, k3 or exact in the reward; k1 is the log-ratio of equation (2). k3 is always logged.
+
+    exact is the sum over the vocabulary at every position, k1's expectation over the token drawn there: never negative
+    and without that draw's noise. The reward, which it is, cannot tell tokens apart, so what the drawn one departs from
+    the expectation joins its own advantage; the policy gradient is then k1's on average, with less noise. It needs the
+    reference in the policy's layout, as many products as an estimate, and the hidden states of one replica's responses
+    in host memory."""
     adaptive: bool = False
     """Whether beta follows `target` (Ziegler et al. 2019)."""
     target: float = 6.0

@@ -20,14 +20,18 @@ Forward = Callable[[Network, Tensor, Rows, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """How a stage output becomes a row's numbers; `per_token` tells [b, R] from [b]."""
+    """How a stage output becomes a row's numbers: [b, R] with `per_token`, [b, `numbers`, R] where a token has several
+    numbers, else [b]."""
 
     of: Forward
     per_token: bool = True
+    numbers: int = 1
 
     def trailing(self, width: int) -> tuple[int, ...]:
         """The shape of a row's numbers."""
-        return (width,) if self.per_token else ()
+        if not self.per_token:
+            return ()
+        return (width,) if self.numbers == 1 else (self.numbers, width)
 
 
 def logprobs(temperature: float = 1.0, *, head_rows: int = 0) -> Read:

@@ -75,3 +75,31 @@ def logprobs(
             logits(network, hidden_NH), targets_N, temperature=temperature, inplace=True, **where
         )
     return found_N
+
+
+@torch.no_grad()
+def kl(
+    network: Network,
+    hidden_NH: Tensor,
+    reference_NH: Tensor,
+    reference_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    rows: int = 0,
+) -> Tensor:
+    """[4, N] float32, no gradient: log-prob, entropy, exact KL(policy || reference), and the reference's log-prob.
+
+    `reference_NH` are its hidden states at the same positions, in any memory, and `reference_VH` this rank's words of
+    its head. At most `rows` positions' logits exist at a time, and never more than FORWARD_ROWS. Collective: tp.
+    """
+    group = network.grid.groups.tp if network.grid.groups is not None else None
+    where: dict[str, Any] = {"vocab_start": network.vocab_start, "vocab_size": network.model.vocabulary, "group": group}
+    rows, head_VH = min(rows or FORWARD_ROWS, FORWARD_ROWS), weight(network)
+    found = []
+    for ours_NH, theirs_NH, at_N in zip(
+        hidden_NH.split(rows), reference_NH.split(rows), targets_N.split(rows), strict=True
+    ):
+        theirs_NV = theirs_NH.to(ours_NH.device) @ reference_VH.T
+        found.append(torch.stack(vocab.kl(ours_NH @ head_VH.T, theirs_NV, at_N, temperature=temperature, **where)))
+    return torch.cat(found, 1)

@@ -23,14 +23,17 @@ RATIO_LIMIT = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 
 def episodes(experience: Experience) -> Stats:
     """KL, score, reward, length, share with end token (a response each) and drift, mean exp|Δ log-prob| (a token)
-    with the quantiles of |Δ log-prob|."""
+    with the quantiles of |Δ log-prob|. Where the KL is exact so is the one here, and entropy (a token) is with it."""
     annotated, rollout, mask_BR = experience.annotated, experience.annotated.rollout, experience.mask_BR
     old_BR, reference_BR = annotated.old_logprobs_BR, annotated.reference_logprobs_BR
     apart_BR = _apart_BR(annotated)
     tail = {f"drift.{name}": value for name, value in drift.quantiles(apart_BR, mask_BR).items()}
     count, tokens = len(experience), _sum(mask_BR)
+    exact_BR, entropy_BR = annotated.exact_kl_BR, annotated.entropy_BR
+    kl_BR = kl.estimate(old_BR, reference_BR, "k1") if exact_BR is None else exact_BR
+    entropy = {} if entropy_BR is None else {"entropy": (_sum(entropy_BR * mask_BR), tokens)}
     return Stats.of(
-        kl=(_sum(kl.estimate(old_BR, reference_BR, "k1") * mask_BR), count),
+        kl=(_sum(kl_BR * mask_BR), count),
         kl__k3=(_sum(kl.estimate(old_BR, reference_BR, "k3") * mask_BR), count),
         score=(_sum(rollout.scores_B), count),
         reward=(_sum(experience.rewards_BR), count),
@@ -40,6 +43,7 @@ def episodes(experience: Experience) -> Stats:
         advantage__square=(_sum(experience.advantages_BR**2), tokens),
         tokens=(_sum(experience.rows.lengths_B), 1),
         **{name: (value, 1) for name, value in tail.items()},
+        **entropy,
     )
 
 
@@ -82,16 +86,20 @@ def named(stats: Stats, role: str) -> Stats:
 
 
 def first_kl(checks: dict[str, float], annotated: Annotated, *, same: bool) -> None:
-    """Record the KL of the very first rollout; raises RuntimeError when it should be exactly 0 and is not."""
+    """Record the KL of the very first rollout, the exact one where there is one; raises RuntimeError when it, or that
+    of the drawn tokens, should be exactly 0 and is not."""
     if "step0_kl" in checks:
         return
-    apart_BR = kl.estimate(annotated.old_logprobs_BR, annotated.reference_logprobs_BR, "k3") * annotated.mask_BR
-    checks["step0_kl"] = _sum(apart_BR) / len(apart_BR)
-    if same and checks["step0_kl"] != 0.0:
-        raise RuntimeError(
-            f"the policy is {checks['step0_kl']:.3g} nats from the reference before the first update, "
-            "under one layout: their weights or their forward passes differ"
-        )
+    found = [kl.estimate(annotated.old_logprobs_BR, annotated.reference_logprobs_BR, "k3")]
+    if annotated.exact_kl_BR is not None:
+        found.append(annotated.exact_kl_BR)
+    for apart_BR in found:
+        checks["step0_kl"] = _sum(apart_BR * annotated.mask_BR) / len(apart_BR)
+        if same and checks["step0_kl"] != 0.0:
+            raise RuntimeError(
+                f"the policy is {checks['step0_kl']:.3g} nats from the reference before the first update, "
+                "under one layout: their weights or their forward passes differ"
+            )
 
 
 def first_ratio(checks: dict[str, float], stats: Stats, precision: str) -> None:

@@ -19,6 +19,7 @@ from megatron_rlhf.data.pretraining import PretrainingStream
 from megatron_rlhf.data.prompts import PromptStream
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import roles
+from megatron_rlhf.models.exact_kl import ExactKl
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.memory import peak_bytes
 from megatron_rlhf.observe.progress import Progress
@@ -69,6 +70,13 @@ class Run:
         """Whether reference and policy compute alike, so that the first KL is exactly 0."""
         return self.policy.network.grid.layout == self.reference.network.grid.layout
 
+    def exact_kl(self) -> ExactKl | None:
+        """What carries one iteration's reference to the policy's pass; None where the penalty is an estimate."""
+        if self.ppo.kl.estimator != "exact":
+            return None
+        config = self.session.config
+        return ExactKl(config.sampling.temperature, head_rows=config.compute.head_rows)
+
     def rates(self) -> tuple[float, float]:
         """The schedules' shares of the policy's and the value model's peak rate in this iteration.
 
@@ -97,7 +105,7 @@ def step(run: Run) -> Stats:
     with clock("score"):
         rollout = score(rollout, run.reward, ppo)
     with clock("annotate"):
-        annotated = annotate(rollout, run.policy, run.reference, run.value)
+        annotated = annotate(rollout, run.policy, run.reference, run.value, run.exact_kl())
     measures.first_kl(run.checks, annotated, same=run.same_layout)
     if not run.drifted and (found := measures.drifted(annotated, run.policy, run.bridge.network)):
         run.drifted = True

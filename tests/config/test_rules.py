@@ -44,6 +44,12 @@ BROKEN = [
         ["reshard.share_reference=true", "layout.reference=tp2 dp2"],
         "layout.reference='tp2 dp2' is another one; write 'layout.reference=tp2 pp2 dp1'",
     ),
+    (["ppo.kl.estimator=k4"], "ppo.kl.estimator is 'k4'; it must be one of k1, k2, k3, exact"),
+    (
+        ["ppo.kl.estimator=exact", "layout.reference=tp2 dp2"],
+        "ppo.kl.estimator=exact puts the reference's logits beside the policy's, layout.reference='tp2 dp2' keeps them "
+        "elsewhere; write 'layout.reference=tp2 pp2 dp1'",
+    ),
     (["ppo.policy.rate=-1e-5"], "ppo.policy.rate is -1e-05; it must be above 0"),
     (["ppo.kl.coef=-1"], "ppo.kl.coef is -1.0; it must be at least 0"),
     (["data.valid_share=1"], "data.valid_share is 1.0; it must be above 0 and below 1"),
@@ -58,6 +64,7 @@ BROKEN = [
     (["pretrain.learning.warmup=1001"], "pretrain.learning.warmup=1001 is longer than the run's 1000"),
     (["compute.buckets=0"], "compute.buckets is 0; it must be at least 1"),
     (["compute.pack_tokens=-1", "compute.packing=true"], "compute.pack_tokens is -1; it must be at least 0"),
+    (["compute.head_rows=-1"], "compute.head_rows is -1; it must be at least 0"),
     (["compute.pack_tokens=512"], "compute.pack_tokens=512 needs packed rows; write compute.packing=true"),
     (
         ["layout.policy=tp2 dp2 sp", "model.context=129"],
@@ -108,6 +115,13 @@ def test_a_broken_rule_has_its_sentence_and_its_remedy_works(words: list[str], s
     advice = re.search(r"(?:for example|write) ((?:[a-z_.0-9]+=\S+ ?)+)$", wrong)
     if advice:
         assert wrong not in failures([*words, *advice[1].split()])
+
+
+def test_an_exact_kl_takes_the_same_layout_in_other_words() -> None:
+    assert failures(["ppo.kl.estimator=exact", "layout.reference=pp2 tp2"]) == []
+    sp = ["ppo.kl.estimator=exact", "layout.reference=tp2 pp2 sp"]
+    assert "write 'layout.reference=tp2 pp2 dp1'" in failures(sp)[0]
+    assert failures([*sp, "layout.reference=tp2 pp2 dp1"]) == []
 
 
 def test_all_failures_are_said_at_once() -> None:

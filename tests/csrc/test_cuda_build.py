@@ -41,13 +41,14 @@ def _folders(nvcc: str) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def disassembler(nvcc: str) -> list[str]:
     """The command that prints a cubin's instructions; without one the tests that read them are skipped."""
-    for tool, flag in (("cuobjdump", "-sass"), ("nvdisasm", "-c")):
+    # cuobjdump calls nvdisasm, which needs nobody
+    for tool, flag in (("nvdisasm", "-c"), ("cuobjdump", "-sass")):
         found = shutil.which(tool)
         for folder in _folders(nvcc):
             found = found or shutil.which(tool, path=str(folder))
         if found:
             return [found, flag]
-    pytest.skip("neither cuobjdump nor nvdisasm was found: beside nvcc, in Triton's wheel or in nvidia-cuda-cuobjdump")
+    pytest.skip("neither nvdisasm nor cuobjdump was found: nvidia-cuda-nvdisasm, of the extra dev, brings one")
 
 
 def _compiled(nvcc: str, kernel: str, architecture: str, cubin: Path) -> str:

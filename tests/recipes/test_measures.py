@@ -38,6 +38,24 @@ def test_a_first_kl_that_is_not_zero_stops_the_run_under_one_layout() -> None:
     assert elsewhere["step0_kl"] > 0
 
 
+def test_an_exact_first_kl_must_be_zero_too() -> None:
+    """It is the one recorded, and what sees two models that agree on the drawn tokens alone."""
+    zero_BR = torch.zeros_like(OLD_BR)
+    checks: dict[str, float] = {}
+    measures.first_kl(checks, replace(annotated(OLD_BR), exact_kl_BR=zero_BR), same=True)
+    assert checks == {"step0_kl": 0.0}
+    for reference_BR, exact_BR in (
+        (OLD_BR, zero_BR + 1e-6),
+        (OLD_BR, zero_BR + math.nan),
+        (OLD_BR + 1e-4 * MASK_BR, zero_BR),
+    ):
+        with pytest.raises(RuntimeError, match="nats from the reference before the first update"):
+            measures.first_kl({}, replace(annotated(reference_BR), exact_kl_BR=exact_BR), same=True)
+    elsewhere: dict[str, float] = {}
+    measures.first_kl(elsewhere, replace(annotated(OLD_BR), exact_kl_BR=zero_BR + 0.5), same=False)
+    assert elsewhere == {"step0_kl": 0.5 * 5 / 2}, "5 tokens in 2 responses"
+
+
 def test_a_first_ratio_that_is_not_one_stops_the_run() -> None:
     good, bad = (Stats.of(ratio_error=(error * 5, 5)) for error in (9e-6, 2e-5))
     checks: dict[str, float] = {}
@@ -64,5 +82,9 @@ def test_episodes_count_responses_and_tokens() -> None:
     assert [stats[f"drift.{name}"] for name in ("p50", "p90", "p99", "max")] == [0.125] * 4
     assert stats["advantage.square"] == 1.0
     assert measures.named(stats, "policy")["kl.policy"] == stats["kl"]
+    assert "entropy" not in stats
+    with_exact = replace(made.annotated, exact_kl_BR=2 + 0 * MASK_BR, entropy_BR=1 + MASK_BR)
+    exact = measures.episodes(replace(made, annotated=with_exact))
+    assert exact["kl"] == 2 * 5 / 2 and exact["entropy"] == 2.0 and exact["kl.k3"] == stats["kl.k3"]
     doubled = measures.episodes(replace(made, rewards_BR=2 * rewards_BR))
     assert (stats + doubled)["reward"] == 0.75
