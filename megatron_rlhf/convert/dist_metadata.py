@@ -81,6 +81,8 @@ def tensors(folder: Path) -> dict[str, Stored]:
     found = _unpickled(path)
     try:
         return dict(_tensors(folder, found))
+    except BadInput:
+        raise
     except (AttributeError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path} is no metadata of a checkpoint ({_first(error)}); copy it again") from error
 
@@ -146,6 +148,9 @@ class _Reader(pickle.Unpickler):
         self._known |= {("torch", name): type(name, (_Record,), {"dtype": dtype}) for name, dtype in DTYPES.items()}
         self._known["torch", "Size"] = lambda sizes=(): _sizes(sizes)
         self._known["torch.serialization", "_get_layout"] = lambda name: None
+        # where it was saved
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+            self._known["pathlib", name] = self._known["pathlib._local", name] = type(name, (_Record,), {})
         for name in ("MCoreMetadata", "MCoreSavePlan"):
             module = "megatron.core.dist_checkpointing.strategies.torch"
             self._known[module, name] = type(name, (_Record,), {})

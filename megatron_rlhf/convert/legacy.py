@@ -239,7 +239,15 @@ def _shards(file: Path, tensors: Mapping[str, Any]) -> dict[str, _Shard]:
     for name, shard in found.items():
         if set(shard.halves) not in ({""}, {"w", "v"}):
             raise BadInput(f"{file}: of {name} a half is missing")
-    return found
+    return _with_head(found)
+
+
+def _with_head(found: dict[str, _Shard]) -> dict[str, _Shard]:
+    """The tensors with an output layer of one row, which no vocabulary has, under the scalar head's name."""
+    output = found.get(megatron_names.OUTPUT)
+    if output is None or output.whole().shape[:1] != (1,):
+        return found
+    return {name.replace("output_layer.", "head.", 1): shard for name, shard in found.items()}
 
 
 def _flat(value: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

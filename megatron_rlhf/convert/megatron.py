@@ -280,8 +280,9 @@ def _check_config(path: Path) -> None:
     file = path / "metadata.json"
     if not file.is_file():
         return
+    text = megatron_card.text(file)
     try:
-        found = json.loads(megatron_card.text(file))
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{file} is no JSON; copy it again") from error
     backend = found.get("sharded_backend") if isinstance(found, dict) else None

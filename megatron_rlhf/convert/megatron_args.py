@@ -88,7 +88,7 @@ def model_of(args: Mapping[str, Any], where: str, *, rows: int, precision: str) 
         "precision": precision,
         "rope": _rope(args, where) if style == "llama" else Rope(),
         "activation": "gelu_tanh" if style == "gpt" and _approximate(args) else _ACTIVATIONS[style],
-        "head_width": _whole(args, "kv_channels", where, hidden // heads if hidden % heads == 0 else None),
+        "head_width": _whole(args, "kv_channels", where, hidden // heads),
     }
     model = _expressed(fields, where)
     architecture.check(model, where)

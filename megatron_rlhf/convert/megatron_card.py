@@ -49,8 +49,9 @@ def of(
 
 def read_model(path: Path) -> Model:
     """The Model of a YAML file as `model=` takes it. Raises BadInput where it is none."""
+    content = text(path)
     try:
-        values = yaml.safe_load(text(path))
+        values = yaml.safe_load(content)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise BadInput(f"{path} is no YAML of a model; write for example layers: 12") from error
     model = build(Model, values, "model")
@@ -63,8 +64,9 @@ def section(path: Path, name: str) -> dict[str, Any]:
 
     Tags that name Python objects are read as their text: nothing is imported or called for them.
     """
+    content = text(path)
     try:
-        found = yaml.load(text(path), Loader=_Inert)
+        found = yaml.load(content, Loader=_Inert)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise BadInput(f"{path} is no YAML that can be read; give --model FILE.yaml") from error
     inner = found.get(name) if isinstance(found, dict) else None

@@ -167,8 +167,9 @@ def _named(files: Mapping[str, str]) -> dict[str, Any]:
 def _config(path: Path, root: Path) -> dict[str, Any]:
     if not (root / CONFIG).is_file():
         raise BadInput(f"{path} holds no {CONFIG}: it is no .nemo archive")
+    text = megatron_card.text(root / CONFIG)
     try:
-        found = yaml.safe_load(megatron_card.text(root / CONFIG))
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise BadInput(f"{path}: {CONFIG} is no plain YAML; save the archive again") from error
     found = found.get("model", found) if isinstance(found, dict) else found
