@@ -64,22 +64,6 @@ def test_the_files_of_live_stages_are_joined(model: Model, words: str, scalar: b
     assert tiny.same(found, {name: expected[name] for name in found}) and len(found) == len(expected)
 
 
-def old_name(name: str) -> str:
-    """A name as Megatron-LM before Megatron-Core's models has it."""
-    for ours, theirs in (
-        ("decoder.final_layernorm", "encoder.final_norm"),
-        ("decoder.layers", "encoder.layers"),
-        ("input_layernorm", "input_norm"),
-        ("pre_mlp_layernorm", "post_attention_norm"),
-        ("self_attention.linear_qkv", "self_attention.query_key_value"),
-        ("self_attention.linear_proj", "self_attention.dense"),
-        ("mlp.linear_fc1", "mlp.dense_h_to_4h"),
-        ("mlp.linear_fc2", "mlp.dense_4h_to_h"),
-    ):
-        name = name.replace(ours, theirs)
-    return name
-
-
 def nested(flat: dict[str, Tensor]) -> dict[str, Any]:
     """language_model's dicts in each other: its parts, and the layers' tensors under one name each."""
     found: dict[str, Any] = {}
@@ -103,7 +87,7 @@ def old(folder: Path, card: Card, whole: dict[str, Tensor], tp: int, pp: int, **
                 part = Split(spec.dim, spec.blocks).part(whole[spec.name], tp, tp_rank).clone()
                 first = places.layers(card.model.layers, Layout(tp=tp, pp=pp), pp_rank).start
                 name = re.sub(r"layers\.(\d+)", lambda m, first=first: f"layers.{int(m[1]) - first}", spec.name)  # type: ignore[misc]
-                held[old_name(name)] = part
+                held[tiny.old_name(name)] = part
             copy = held.pop("embedding.word_embeddings.weight", None) if pp_rank else None
             content = {
                 "args": argparse.Namespace(**megatron_args.args_of(card.model, card.model.vocabulary)),

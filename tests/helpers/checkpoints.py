@@ -72,6 +72,22 @@ def pieces(tokens: int = 64) -> bytes:
     return model.getvalue()
 
 
+def old_name(name: str) -> str:
+    """A name as Megatron-LM before Megatron-Core's models has it."""
+    for ours, theirs in (
+        ("decoder.final_layernorm", "encoder.final_norm"),
+        ("decoder.layers", "encoder.layers"),
+        ("input_layernorm", "input_norm"),
+        ("pre_mlp_layernorm", "post_attention_norm"),
+        ("self_attention.linear_qkv", "self_attention.query_key_value"),
+        ("self_attention.linear_proj", "self_attention.dense"),
+        ("mlp.linear_fc1", "mlp.dense_h_to_4h"),
+        ("mlp.linear_fc2", "mlp.dense_4h_to_h"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
 class Bite:
     """Pickled, it makes a file when it is loaded."""
 
