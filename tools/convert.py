@@ -7,7 +7,7 @@ or not at all. Needs no GPU; memory stays below twice the largest tensor and 1 G
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,19 +35,20 @@ def main(words: Sequence[str] | None = None) -> int:
     """Convert as the words say; the exit code, 2 with one sentence on stderr for bad input."""
     asked = _parser().parse_args(words)
     try:
+        # the check alone needs megatron and transformers
+        comparison = importlib.import_module("convert_check") if asked.check else None
+        if comparison:
+            comparison.possible(asked.of, asked.to)
         card = convert(asked)
-        if asked.check:
-            # the check alone needs megatron and transformers
-            import convert_check
-
-            convert_check.check(asked.source, asked.of, asked.target, asked.to, card, READERS)
+        print(told(asked.target, asked.to, card))
+        if comparison:
+            print(comparison.check(asked.source, asked.of, asked.target, asked.to, card, READERS))
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{error.filename or asked.target}: {error.strerror or error}; nothing was written", file=sys.stderr)
         return 2
-    print(told(asked.target, asked.to, card))
     return 0
 
 
@@ -61,18 +62,21 @@ def convert(asked: argparse.Namespace) -> Card:
     source = READERS[asked.of](asked.source, None if fresh else asked.role)
     if fresh:
         source = run.headed(source, asked.role or "reward", asked.fresh_head)
-    if asked.tokenizer:
-        files = tokenizer_files.collect(asked.tokenizer)
-        if not files:
-            raise BadInput(f"{asked.tokenizer} holds no tokenizer; write --tokenizer FOLDER with one")
-        source.card = dataclasses.replace(source.card, tokenizer=files)
     extra: dict[str, Any] = {}
     if asked.layout:
         extra["layout"] = asked.layout
     if asked.shard_gib is not None:
         extra["largest_shard"] = int(asked.shard_gib * (1 << 30))
     write = partial(WRITERS[asked.to], **extra)
-    return run.convert(source, write, asked.target, DTYPES[asked.dtype] if asked.dtype else None)
+    dtype = DTYPES[asked.dtype] if asked.dtype else None
+    return run.convert(source, write, asked.target, dtype, tokenizer=_tokenizer(asked.tokenizer))
+
+
+def _tokenizer(folder: Path | None) -> dict[str, bytes] | None:
+    files = tokenizer_files.collect(folder) if folder else None
+    if files == {}:
+        raise BadInput(f"{folder} holds no tokenizer; write --tokenizer FOLDER with one")
+    return files
 
 
 def told(target: Path, to: str, card: Card) -> str:

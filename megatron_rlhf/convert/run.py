@@ -6,7 +6,7 @@ At most twice the largest tensor is in memory: the one that is read, and what it
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,16 +25,26 @@ _HEAD = ("head.weight", "head.bias")
 _OUTPUT = "output_layer.weight"
 
 
-def convert(source: Source, write: Write, path: Path, dtype: torch.dtype | None = None, *, quiet: bool = False) -> Card:
+def convert(
+    source: Source,
+    write: Write,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: Mapping[str, bytes] | None = None,
+    quiet: bool = False,
+) -> Card:
     """Write `source` at `path` and return the card of what was written; the path appears whole or not at all.
 
-    Without `dtype` weights keep the one that all of them are stored in. Raises BadInput when a tensor is missing, left
-    over, of another shape or, without `dtype`, stored in another one than the rest.
+    Without `dtype` weights keep the one that all of them are stored in; `tokenizer` takes the place of the source's.
+    Raises BadInput when a tensor is missing, left over, of another shape or, without `dtype`, stored in another one
+    than the rest.
     """
     folder.refuse_taken(path)
     check(source)
     target = dtype or DTYPES[source.card.model.precision]
     card = replace(source.card, model=replace(source.card.model, precision=name_of(target)))
+    card = card if tokenizer is None else replace(card, tokenizer=tokenizer)
     shapes = card.shapes()
     with Progress(not quiet, len(shapes), "tensors") as progress:
         write(path, card, _tensors(source, shapes, target, progress, asked=dtype is not None), target)
