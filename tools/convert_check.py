@@ -91,7 +91,9 @@ def outputs(built: Network, tokens: Tensor) -> Tensor:
 def _theirs(path: Path, card: Card) -> Any:
     import transformers
 
-    kind = transformers.AutoModelForCausalLM if card.role == "policy" else transformers.AutoModelForSequenceClassification
+    kind = (
+        transformers.AutoModelForCausalLM if card.role == "policy" else transformers.AutoModelForSequenceClassification
+    )
     model = kind.from_pretrained(path, dtype=DTYPES[card.model.precision], trust_remote_code=False).float().eval()
     if card.role != "policy":
         model.config.pad_token_id = -1  # no token is padding here
