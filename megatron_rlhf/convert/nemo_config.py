@@ -49,7 +49,10 @@ def args_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """The config of a Megatron-Core GPT in NeMo (`mcore_gpt`). Raises BadInput naming what it cannot say."""
+    """The config of a Megatron-Core GPT in NeMo (`mcore_gpt`). Raises BadInput naming what it cannot say.
+
+    It names no `target`: NeMo 3 refuses the class of NeMo 1 and 2, and without one restores what it is asked for.
+    """
     args = megatron_args.args_of(model, model.vocabulary)
     llama = model.style == "llama"
     if args["position_embedding_type"] == "yarn" or (args["use_rope_scaling"] and args["rope_scaling_factor"] != 8.0):
@@ -57,7 +60,6 @@ def config_of(model: Model) -> dict[str, Any]:
     config = {name: args[name] for name in _SAME if args.get(name) is not None}
     config |= {name: args[ours] for name, ours in _RENAMED.items() if args.get(ours) is not None}
     return config | {
-        "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
         "mcore_gpt": True,
         "encoder_seq_length": model.context,
         "normalization": "rmsnorm" if llama else "layernorm",

@@ -152,7 +152,7 @@ def as_distributed(folder: Path) -> None:
     ],
 )
 def test_every_form_that_nemo_has_is_read(change: Callable[[Path], None], mode: str, tmp_path: Path) -> None:
-    """Compressed, of before Megatron-Core, a folder a rank, a distributed checkpoint inside, YAML's text for numbers."""
+    """Compressed, of before Megatron-Core, a folder a rank, a distributed checkpoint inside, numbers as text."""
     model = replace(LLAMA, vocabulary=102) if change is as_ranks else LLAMA
     card = Card(model, tokenizer={"tokenizer.model": b"unreadable"})
     expected = tiny.tensors(card)
