@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -54,6 +55,9 @@ LARGEST_FILE = 1 << 30
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 _OWN = "megatron_rlhf"
+_STATEFUL = ("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj",
+             "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
+"""Modules of a layer, local or of Transformer Engine, that ask for state beside their weights when they are loaded."""
 _MULTIPLE = 128
 
 
@@ -207,6 +211,10 @@ def save(inside: Path, card: Card, tensors: Tensors, *, tp: int = 1, prefix: str
             for offset, part in _cut(tensor, by_name[name], tp):
                 writer.add(prefix + key, tensor.shape, offset, part, layer, card.model.layers)
             del tensor
+        for layer in range(card.model.layers):
+            for module in _STATEFUL:
+                writer.add_nothing(f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{card.model.layers}")
+        writer.add_nothing(f"{prefix}decoder.final_layernorm._extra_state/shard_0_1")
         writer.close()
     finally:
         writer.abandon()
@@ -219,29 +227,29 @@ class _Pieces:
         self._inside = inside
         self._stream: IO[bytes] | None = None
         self._count = 0
-        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(
         self, key: str, whole: torch.Size, offset: tuple[int, ...], part: Tensor, layer: int | None, layers: int
     ) -> None:
         """Write one piece, at `offset` of its tensor, in the layer's place of the stacked one."""
-        if self._stream is None or self._stream.tell() >= LARGEST_FILE:
-            self._next()
-        assert self._stream is not None
         shape = tuple(whole)
         if layer is not None:
             shape, offset, part = (layers, *shape), (layer, *offset), part[None]
-        start = self._stream.tell()
         # a slice would be saved with all that it is a slice of
-        torch.save(part.clone() if part.untyped_storage().nbytes() != part.nbytes else part, self._stream)
-        name = f"__0_{self._count - 1}.distcp"
-        index = MetadataIndex(key, torch.Size(offset))
-        self._places[index] = _StorageInfo(name, start, self._stream.tell() - start)
+        own = part.clone() if part.untyped_storage().nbytes() != part.nbytes else part
+        self._places[MetadataIndex(key, torch.Size(offset))] = self._saved(own)
         entry = self._tensors.setdefault(
             key, TensorStorageMetadata(TensorProperties(dtype=part.dtype), torch.Size(shape), [])
         )
+        assert isinstance(entry, TensorStorageMetadata)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), part.shape))
+
+    def add_nothing(self, key: str) -> None:
+        """An object without state, where a module of Megatron's expects one."""
+        self._places[MetadataIndex(key)] = self._saved([None])
+        self._tensors[key] = BytesStorageMetadata()
 
     def close(self) -> None:
         """Write the metadata, and bring all to disk."""
@@ -257,6 +265,14 @@ class _Pieces:
             os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
+
+    def _saved(self, value: object) -> _StorageInfo:
+        if self._stream is None or self._stream.tell() >= LARGEST_FILE:
+            self._next()
+        assert self._stream is not None
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        return _StorageInfo(f"__0_{self._count - 1}.distcp", start, self._stream.tell() - start)
 
     def _next(self) -> None:
         self.abandon()
