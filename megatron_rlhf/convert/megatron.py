@@ -14,6 +14,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_rlhf.config.layout import Layout
+from megatron_rlhf.config.layout import Layout, LayoutError
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.convert import (
     dist_metadata,
@@ -169,13 +170,14 @@ def resolve(path: Path) -> Path:
     return inner
 
 
-def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype, *, layout: Layout | None = None) -> None:
+def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype, *, layout: str = "") -> None:
     """Megatron-LM's folder with a `release` in it, the tokenizer and model.yaml beside.
 
     Every layout reads it; pieces are cut as the tp of `layout` cuts them, so that its ranks read no more than their
-    own.
+    own. Raises BadInput where the model cannot be laid out so.
     """
-    tp = layout.tp if layout else 1
+    laid = laid_out(card, layout)
+    tp = laid.tp
     model = replace(card.model, precision=name_of(dtype))
     with folder.whole(path) as beside:
         release = beside / "release"
@@ -183,7 +185,7 @@ def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype, *, layou
         save(release, card, tensors, tp=tp)
         rows = -(-model.vocabulary // (_MULTIPLE * tp)) * _MULTIPLE * tp
         args = megatron_args.args_of(model, rows)
-        args |= {"params_dtype": dtype, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1}
+        args |= {"params_dtype": dtype, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": laid.pp}
         common = {
             "args": argparse.Namespace(**args),
             "checkpoint_version": 3.0,
@@ -192,11 +194,24 @@ def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype, *, layou
         }
         with _synced(release / "common.pt") as stream:
             torch.save(common, stream)
-        write_json(release / "metadata.json", {**_CONFIG, **_COMMON})
         _sync_folder(release)
         (beside / TRACKER).write_text("release\n", encoding="ascii")
         (beside / MODEL).write_text(yaml.safe_dump(asdict(model), sort_keys=False), encoding="utf-8")
         tokenizer_files.put(beside, card.tokenizer)
+
+
+def laid_out(card: Card, words: str) -> Layout:
+    """The layout of these words. Raises BadInput where there is none such, or it does not divide the card's model."""
+    degrees = [int(degree) for degree in re.findall(r"(?:tp|pp|dp)(\d{1,6})", words)]
+    try:
+        layout = Layout.parse(words, prod(degrees))
+    except LayoutError as error:
+        raise BadInput(str(error)) from error
+    for spec in places.specs(card.model, card.model.vocabulary, scalar=card.role != "policy"):
+        if spec.name not in megatron_names.VOCABULARY:
+            places.shard_shape(spec, layout.tp)
+    places.layers(card.model.layers, layout, 0)
+    return layout
 
 
 def save(inside: Path, card: Card, tensors: Tensors, *, tp: int = 1, prefix: str = "") -> None:
@@ -216,6 +231,7 @@ def save(inside: Path, card: Card, tensors: Tensors, *, tp: int = 1, prefix: str
                 writer.add_nothing(f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{card.model.layers}")
         writer.add_nothing(f"{prefix}decoder.final_layernorm._extra_state/shard_0_1")
         writer.close()
+        write_json(inside / "metadata.json", {**_CONFIG, **_COMMON})
     finally:
         writer.abandon()
 

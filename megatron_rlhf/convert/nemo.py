@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,25 +90,34 @@ def open_source(path: Path, role: str | None = None, *, model: Path | None = Non
     return Archive(path, role, model=model)
 
 
-def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype) -> None:
+def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype, *, layout: str = "") -> None:
     """A `.nemo` file of a Megatron-Core GPT: config, weights under the names of Transformer Engine's layers, tokenizer.
 
-    The weights wait on the disk beside it while they come in, so that only one of them is in memory.
+    The weights are one file, which NeMo reads on one GPU, and with `layout` a distributed checkpoint, which it reads
+    under any. They wait on the disk beside it while they come in, so that only one of them is in memory.
     """
+    laid = megatron.laid_out(card, layout)
     model = replace(card.model, precision=name_of(dtype))
     files = {name: f"{hashlib.sha256(data).hexdigest()[:32]}_{name}" for name, data in card.tokenizer.items()}
     config = nemo_config.config_of(model)
     config["tokenizer"] = _named(files)
+    config |= {"tensor_model_parallel_size": laid.tp, "pipeline_model_parallel_size": laid.pp}
     config[_OWN] = {"role": card.role, "files": {name: _MARK + member for name, member in files.items()}}
     folder.refuse_taken(path)
-    with _whole(path) as stream, tempfile.TemporaryFile(dir=path.parent) as raw:
-        waiting = _Waiting(raw, tensors)
+    with _whole(path) as stream, _room(path) as room:
         packed = archive.Writer(stream)
         packed.add(CONFIG, yaml.safe_dump(config, sort_keys=True).encode())
         for name, member in files.items():
             packed.add(member, card.tokenizer[name])
-        with packed.member(f"{WEIGHTS}.ckpt") as inner:
-            torch.save(waiting.mapped(), inner)
+        if layout:
+            megatron.save(room, card, tensors, tp=laid.tp, prefix=_PREFIX)
+            torch.save({}, room / "common.pt")
+            for file in sorted(room.iterdir()):
+                with packed.member(f"{WEIGHTS}/{file.name}") as inner, file.open("rb") as source:
+                    shutil.copyfileobj(source, inner, 1 << 24)
+        else:
+            with (room / WEIGHTS).open("w+b") as raw, packed.member(f"{WEIGHTS}.ckpt") as inner:
+                torch.save(_Waiting(raw, tensors).mapped(), inner)
         packed.close()
 
 
@@ -133,6 +143,13 @@ class _Waiting:
             ).view(shape)
             for name, (start, dtype, shape) in self._places.items()
         }
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is removed when the block ends."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as place:
+        yield Path(place)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import os
 import pickle
 import zipfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,9 +26,8 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Model, Rope
-from megatron_rlhf.convert import megatron, megatron_args
+from megatron_rlhf.convert import huggingface, megatron, megatron_args, nemo, run, weights
 from megatron_rlhf.convert.logical import Card
 from megatron_rlhf.models.transformer import Network
 from tests.helpers import checkpoints as tiny
@@ -102,7 +102,7 @@ def test_megatron_core_and_we_read_each_other(
         assert megatron_args.normal(source.card.model) == megatron_args.normal(replace(model, init_std=0.1))
         found = tiny.everything(source)
         assert tiny.same(found, {name: expected[name] for name in found}) and len(found) == len(expected)
-        megatron.write(ours, source.card, tiny.stream(found), torch.float32, layout=Layout(tp=2, pp=2))
+        megatron.write(ours, source.card, tiny.stream(found), torch.float32, layout="tp2 pp2")
     dist.barrier()
     target = roles.network(loaded, model, scalar=scalar, seed=99)
     again = filled(target, ours / "release")
@@ -130,7 +130,7 @@ def written(folder: Path, card: Card, found: dict[str, torch.Tensor], **settings
             2,
             torch.float32,
         ),
-        (replace(LLAMA, rope=Rope(scaling="yarn", factor=4.0, original_context=32)), "policy", 3, torch.float32),
+        (replace(LLAMA, rope=Rope(scaling="yarn", factor=4.0, original_context=32)), "policy", 4, torch.float32),
         (replace(LLAMA, rope=Rope(scaling="linear", factor=2.0), norm_epsilon=1e-6), "policy", 1, torch.float32),
     ],
 )
@@ -139,7 +139,7 @@ def test_there_and_back(model: Model, role: str, tp: int, dtype: torch.dtype, tm
     precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     card = Card(replace(model, precision=precision), role, {"tokenizer.model": b"pieces"})
     expected = tiny.tensors(card, dtype=dtype)
-    written(tmp_path / "out", card, expected, layout=Layout(tp=tp))
+    written(tmp_path / "out", card, expected, layout=f"tp{tp}")
     source = megatron.open_source(tmp_path / "out")
     assert tiny.same(tiny.everything(source), expected)
     assert megatron_args.normal(source.card.model) == megatron_args.normal(card.model)
@@ -282,6 +282,21 @@ def test_the_tracker_names_the_iteration(tmp_path: Path) -> None:
     assert "no Megatron checkpoint" in tiny.refused(megatron.open_source, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("tp3", "tp3 does not divide the 4 parts that decoder.layers.0.self_attention.linear_proj.weight"),
+        ("pp3", "4 layers do not divide into the 3 chunks"),
+        ("tp2 xx", "layout word 'xx'"),
+    ],
+)
+def test_a_layout_that_the_model_does_not_have_is_refused(words: str, said: str, tmp_path: Path) -> None:
+    found = tiny.tensors(Card(LLAMA))
+    write = megatron.write
+    assert said in tiny.refused(write, tmp_path / "o", Card(LLAMA), tiny.stream(found), torch.float32, layout=words)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """Neither a folder nor a part of one; and what is there already is not written over."""
     found = tiny.tensors(Card(GPT))
@@ -397,7 +412,7 @@ def test_sizes_and_places_are_checked_before_anything_is_read(
 
 def test_pieces_that_overlap_are_refused(tmp_path: Path) -> None:
     """Two pieces that fill a tensor by count, one over the other."""
-    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)), layout=Layout(tp=2))
+    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)), layout="tp2")
     found = pickle.loads((folder / ".metadata").read_bytes())
     key = "decoder.layers.mlp.linear_fc2.weight"
     chunks = found.state_dict_metadata[key].chunks
@@ -456,3 +471,34 @@ def test_what_megatrons_args_cannot_say_is_refused(tmp_path: Path) -> None:
     rope = Rope(scaling="llama3", factor=8.0, low=2.0)
     said = tiny.refused(megatron_args.args_of, replace(LLAMA, rope=rope), 128)
     assert "cannot say rope=" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "role"),
+    [
+        (GPT, "policy"),
+        (replace(GPT, tied=True), "reward"),
+        (LLAMA, "policy"),
+        (replace(LLAMA, tied=True), "policy"),
+        (LLAMA, "value"),
+    ],
+)
+def test_a_chain_through_every_format_comes_back_to_the_bit(model: Model, role: str, tmp_path: Path) -> None:
+    """Hugging Face, Megatron (tp2 pp2), NeMo, a folder of weights, Megatron, Hugging Face: an odd vocabulary, two
+    shards, a head, every tensor bit for bit and the two config.json alike."""
+    card = Card(replace(model, ffn=128 if model.style == "gpt" else 64), role)
+    expected = tiny.tensors(card)
+    hf, last = tmp_path / "0", tmp_path / "5"
+    huggingface.write(hf, card, tiny.stream(expected), torch.float32)
+    asked = role if role == "value" else None
+    chain = [
+        (huggingface.open_source, partial(megatron.write, layout="tp2 pp2")),
+        (megatron.open_source, nemo.write),
+        (nemo.open_source, weights.write),
+        (weights.open_source, megatron.write),
+        (megatron.open_source, huggingface.write),
+    ]
+    for place, (reader, writer) in enumerate(chain):
+        run.convert(reader(tmp_path / str(place), asked), writer, tmp_path / str(place + 1), quiet=True)
+    assert tiny.same(tiny.everything(huggingface.open_source(last, asked)), expected)
+    assert (last / "config.json").read_text() == (hf / "config.json").read_text()

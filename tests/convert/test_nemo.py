@@ -33,27 +33,32 @@ from tests.helpers import checkpoints as tiny
 GPT, LLAMA = tiny.GPT, tiny.LLAMA
 
 
-def written(path: Path, card: Card, found: dict[str, Tensor]) -> Path:
+def written(path: Path, card: Card, found: dict[str, Tensor], layout: str = "") -> Path:
     """An archive of ours."""
-    nemo.write(path, card, tiny.stream(found), next(iter(found.values())).dtype)
+    nemo.write(path, card, tiny.stream(found), next(iter(found.values())).dtype, layout=layout)
     return path
 
 
 @pytest.mark.parametrize(
-    ("model", "role", "dtype"),
+    ("model", "role", "layout", "dtype"),
     [
-        (GPT, "policy", torch.float32),
-        (LLAMA, "value", torch.bfloat16),
-        (replace(LLAMA, tied=True, rope=Rope(scaling="llama3", factor=8.0)), "reward", torch.float16),
-        (replace(LLAMA, rope=Rope(base=5e5, scaling="linear", factor=2.0), norm_epsilon=1e-6), "policy", torch.float32),
+        (GPT, "policy", "", torch.float32),
+        (LLAMA, "value", "tp2 pp2", torch.bfloat16),
+        (replace(LLAMA, tied=True, rope=Rope(scaling="llama3", factor=8.0)), "reward", "", torch.float16),
+        (
+            replace(LLAMA, rope=Rope(base=5e5, scaling="linear", factor=2.0), norm_epsilon=1e-6),
+            "policy",
+            "tp4",
+            torch.float32,
+        ),
     ],
 )
-def test_there_and_back(model: Model, role: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_there_and_back(model: Model, role: str, layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Architecture, role, tokenizer and every bit; nothing stays beside the archive, and it is a plain tar."""
     precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     card = Card(replace(model, precision=precision), role, {"tokenizer.model": tiny.pieces(), "vocab.json": b"{}"})
     expected = tiny.tensors(card, dtype=dtype)
-    written(tmp_path / "a.nemo", card, expected)
+    written(tmp_path / "a.nemo", card, expected, layout)
     assert [file.name for file in tmp_path.iterdir()] == ["a.nemo"]
     source = nemo.open_source(tmp_path / "a.nemo")
     assert tiny.same(tiny.everything(source), expected)
