@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "reshard": _ROLES | {"generate", "train"},
     "eval": _PHASES,
     "rollout": _PHASES | {"algorithms"},
+    "convert": _ROLES | {"reshard"},  # of reshard its layout only, see below
     "plan": {"config", "observe", "reshard"},
     "doctor": {"config", "observe"},
     "launch": {"config"},
@@ -48,9 +49,12 @@ MAY_IMPORT = {
 # Files outside the rooms without torch that are without it too.
 _PURE = {f"reshard/{name}.py" for name in (
     "layout", "message", "topology", "shares", "deal", "routes", "rounds", "grouping", "bound", "plan")}  # fmt: skip
+# Files outside those rooms that import megatron: its indexed datasets, its checkpoints.
+_MEGATRON = ("data/pretraining.py", "convert/megatron.py")
 # Files that import inside a function, and the optional package it is for.
 LATE_IMPORTS = {
     "observe/board.py": "tensorboard, whose import pulls in torch",
+    "observe/nemo.py": "nemo-toolkit, whose import takes ten seconds",
     "eval/gold.py": "vaderSentiment and profanity_check, of the quickstart only",
     "recipes/prepare.py": "profanity_check, of the quickstart only",
 }
@@ -99,14 +103,17 @@ def faults(name: str, source: str) -> Iterator[str]:
 
 def _foreign(name: str, here: str, modules: set[str]) -> Iterator[str]:
     megatron = {"models", "train", "parallel", "checkpoint"}
-    if has(modules, "megatron") and here not in megatron and name != "data/pretraining.py":
-        yield f"{name}: megatron is imported in {', '.join(sorted(megatron))} and data/pretraining.py only"
+    if has(modules, "megatron") and here not in megatron and name not in _MEGATRON:
+        yield f"{name}: megatron is imported in {', '.join(sorted(megatron))} and {' and '.join(_MEGATRON)} only"
     if has(modules, "megatron.core.parallel_state") and name != "parallel/grid.py":
         yield f"{name}: parallel_state is imported in parallel/grid.py only"
     if any(module.endswith(".get_forward_backward_func") for module in modules) and name != "train/schedule.py":
         yield f"{name}: the schedule is imported in train/schedule.py only"
-    if has(modules, "torch.distributed") and here not in {"parallel", "reshard", "train", "checkpoint"}:
-        yield f"{name}: torch.distributed is imported in parallel, reshard, train and checkpoint only"
+    distributed = here in {"parallel", "reshard", "train", "checkpoint"} or name == "convert/megatron.py"
+    if has(modules, "torch.distributed") and not distributed:
+        yield f"{name}: torch.distributed is imported in parallel, reshard, train, checkpoint, convert/megatron.py only"
+    if here == "convert" and any(_beyond_layout(module) for module in modules):
+        yield f"{name}: of reshard, convert sees reshard.layout only"
     if has(modules, "torch") and (here in {"config", "plan", "cli", "launch", "doctor"} or name in _PURE):
         yield f"{name}: {here} runs without torch"
     if has(modules, "hydra", "omegaconf") and name != "config/load.py":
@@ -118,6 +125,11 @@ def _foreign(name: str, here: str, modules: set[str]) -> Iterator[str]:
         foreign = {module for module in modules if not has({module}, *allowed, "megatron_rlhf.algorithms")}
         for module in sorted(foreign - {"megatron_rlhf.observe.stats.Stats"}):
             yield f"{name}: algorithms import torch and Stats only, not {module}"
+
+
+def _beyond_layout(module: str) -> bool:
+    reshard = "megatron_rlhf.reshard"
+    return has({module}, reshard) and module != reshard and not has({module}, f"{reshard}.layout")
 
 
 def _inner(name: str, source: str) -> Iterator[str]:
@@ -176,6 +188,10 @@ def test_the_table_itself_has_no_circle() -> None:
         ("models/x.py", "from megatron.core import parallel_state", "parallel/grid.py only"),
         ("parallel/cpu.py", "import megatron.core.parallel_state", "parallel/grid.py only"),
         ("models/x.py", "from megatron.core.pipeline_parallel import get_forward_backward_func", "train/schedule.py"),
+        ("convert/x.py", "import megatron.core", "megatron is imported in"),
+        ("convert/x.py", "import torch.distributed", "torch.distributed is imported"),
+        ("convert/x.py", "from megatron_rlhf.reshard import move", "reshard.layout only"),
+        ("convert/x.py", "from megatron_rlhf.train.engine import Engine", "may not import train"),
         ("config/x.py", "import torch", "without torch"),
         ("reshard/layout.py", "import torch", "without torch"),
         ("reshard/plan.py", "from torch import Tensor", "without torch"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config
@@ -116,8 +117,10 @@ def _sorted(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[tupl
         key, sign, value = word.partition("=")
         if not sign or not key:
             raise BadInput(f"'{word}' is no setting; write key=value, for example ppo.iterations=20")
-        group = key.partition("@")[0]
-        if group in _groups():
+        group, _, section = key.partition("@")
+        if group == "model" and value.endswith(".yaml"):
+            settings.extend(_settings(section or group, Path(value)))
+        elif group in _groups():
             groups.append(_chosen(key, group, value))
         elif key in _leaves(Config) or key in _sections(Config):
             settings.append((key, value))
@@ -140,6 +143,30 @@ def _chosen(key: str, group: str, value: str) -> str:
     # Hydra knows a group whose package has its own name by the bare name; one no recipe names is added
     added = "+" if group in _ADDED else ""
     return f"{added}{group if key == f'{group}@{group}' else key}={value}"
+
+
+def _settings(section: str, path: Path) -> list[tuple[str, str]]:
+    """The settings of a file such as the model.yaml beside converted weights, as words of `section`."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+    except (OmegaConfBaseException, YAMLError, UnicodeError) as error:
+        raise BadInput(f"{path} is no YAML of settings: {_sentence(error)}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} is no file of settings; write {section}={choices('model')[0]}, or a file's path")
+    found = dict(_flat(section, values))
+    for key in found:
+        if key not in _leaves(Config):
+            raise BadInput(f"{path}: {_unknown(key)}")
+    return list(found.items())
+
+
+def _flat(path: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        key = _join(path, str(name))
+        if isinstance(value, Mapping):
+            yield from _flat(key, value)
+        else:
+            yield key, str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _asks_for_experiment(recipe: str) -> bool:

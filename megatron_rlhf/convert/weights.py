@@ -1,0 +1,219 @@
+"""The folders of weights that the stages of a run leave, read under whatever layout wrote them, and written whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_rlhf.checkpoint.manifest import FILE, HEAD, manifest
+from megatron_rlhf.config.load import build
+from megatron_rlhf.config.rules import BadInput
+from megatron_rlhf.config.schema import Model
+from megatron_rlhf.convert import architecture, folder, tokenizer_files
+from megatron_rlhf.convert.logical import ROLES, Card, Tensors
+from megatron_rlhf.convert.pickled_file import PickledFile
+from megatron_rlhf.convert.precision import name_of, stored_precision
+from megatron_rlhf.observe.log import write_json
+
+MODEL = "model.yaml"
+"""The architecture as the values of a `model=` file."""
+LARGEST_FILE = 1 << 28
+"""Bytes of weights in a file, unless one tensor is larger; as much waits in memory to be written."""
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of the manifest: how its shards, one a file, make it."""
+
+    dim: int | None
+    blocks: int
+    files: tuple[str, ...]
+    shard: tuple[int, ...]
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        """The whole tensor; each of its blocks was cut for itself."""
+        if self.dim is None or len(shards) == 1:
+            return shards[0]
+        if self.blocks == 1:
+            return torch.cat(shards, self.dim)
+        cut = [shard.chunk(self.blocks, self.dim) for shard in shards]
+        return torch.cat([parts[block] for block in range(self.blocks) for parts in cut], self.dim)
+
+
+class Weights:
+    """The logical tensors of a stage's folder; `logical.Source`."""
+
+    def __init__(self, path: Path, role: str | None = None) -> None:
+        """Reads the manifest and the names in the files. Raises BadInput where they do not fit together."""
+        self._path = path
+        found = manifest(path)
+        where = str(path / FILE)
+        self._entries = {name: _entry(entry, name, where) for name, entry in _table(found, "tensors", where).items()}
+        if "model" not in found:
+            raise BadInput(f"{where} does not say of what model the weights are; write them again with this version")
+        model = build(Model, found["model"], "model")
+        architecture.check(model, where)
+        files = {file for entry in self._entries.values() for file in entry.files}
+        for file, digest in _table(found, "digests", where, {}).items():
+            if file in files:
+                _check_digest(path / file, digest)
+        self._files = {file: PickledFile(path / file) for file in sorted(files)}
+        dtypes = {
+            self._files[file].tensors[name][0]
+            for name, entry in self._entries.items()
+            for file in entry.files
+            if name in self._files[file].tensors
+        }
+        model = dataclasses.replace(model, precision=stored_precision(dtypes, model.precision))
+        self.card = Card(model, _role(found, self._entries, role, where), tokenizer_files.collect(path))
+        self._shapes = self.card.shapes()
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor from its shards, without the rows that pad its vocabulary."""
+        entry = self._entries[name]
+        shards = [self._shard(name, file, entry) for file in entry.files]
+        whole = entry.join(shards)
+        return whole[: self.card.model.vocabulary] if name in _VOCABULARY else whole
+
+    def leftover(self) -> list[str]:
+        """Tensors of the manifest or of a file that the model does not have."""
+        held = {name for file in self._files.values() for name in file.tensors}
+        return sorted((held | set(self._entries)) - set(self._shapes))
+
+    def missing(self) -> list[str]:
+        """Tensors of the model that the manifest or one of its files does not have."""
+        return [
+            name
+            for name in self._shapes
+            if name not in self._entries
+            or any(name not in self._files[file].tensors for file in self._entries[name].files)
+        ]
+
+    def _shard(self, name: str, file: str, entry: _Entry) -> Tensor:
+        shard = self._files[file].read(name)
+        if tuple(shard.shape) != entry.shard:
+            raise BadInput(f"{self._path / file}: {name} is {list(shard.shape)}, {FILE} says {list(entry.shard)}")
+        return shard
+
+
+open_source = Weights
+"""`open_source(path, role)` as every format has it."""
+
+
+def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype) -> None:
+    """A folder of weights that every layout reads: whole tensors, the manifest, model.yaml and the tokenizer."""
+    model = dataclasses.replace(card.model, precision=name_of(dtype))
+    with folder.whole(path) as beside:
+        entries = dict(_write(beside, tensors))
+        digests = {file: _digest(beside / file) for file in sorted({entry["files"][0] for entry in entries.values()})}
+        facts = {
+            "tensors": entries,
+            "layout": "tp1 pp1 dp1",
+            "vocabulary": model.vocabulary,
+            "model": dataclasses.asdict(model),
+            "role": card.role,
+            "digests": digests,
+        }
+        write_json(beside / FILE, facts)
+        (beside / MODEL).write_text(yaml.safe_dump(dataclasses.asdict(model), sort_keys=False), encoding="utf-8")
+        tokenizer_files.put(beside, card.tokenizer)
+
+
+def _write(beside: Path, tensors: Tensors) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Save the tensors in files of at most LARGEST_FILE; the manifest's entry of each."""
+    waiting: dict[str, Tensor] = {}
+    size = count = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.dtype.itemsize
+        if waiting and size + nbytes > LARGEST_FILE:
+            _save(beside / _file(count), waiting)
+            waiting, size, count = {}, 0, count + 1
+        size += nbytes
+        yield name, {"dim": None, "blocks": 1, "files": [_file(count)], "shard": list(tensor.shape)}
+        # a slice would be saved with all that it is a slice of
+        waiting[name] = tensor.clone() if tensor.untyped_storage().nbytes() != nbytes else tensor
+        del tensor
+        if size > LARGEST_FILE:
+            _save(beside / _file(count), waiting)
+            waiting, size, count = {}, 0, count + 1
+    if waiting:
+        _save(beside / _file(count), waiting)
+
+
+def _file(number: int) -> str:
+    return f"part_{number}.pt"
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with path.open("wb") as stream:
+        torch.save(dict(tensors), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    found = hashlib.sha256()
+    size = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 24):
+            found.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": found.hexdigest()}
+
+
+def _check_digest(path: Path, said: object) -> None:
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; copy the whole folder")
+    if _digest(path) != said:
+        raise BadInput(f"{path} is damaged: it is not the file that {FILE} says; copy it again")
+
+
+def _table(found: Mapping[str, Any], key: str, where: str, default: object = None) -> dict[str, Any]:
+    value = found.get(key, default)
+    if not isinstance(value, dict):
+        raise BadInput(f"{where} has no table of {key}; it is damaged, or another program wrote it")
+    return value
+
+
+def _entry(entry: object, name: str, where: str) -> _Entry:
+    given = entry if isinstance(entry, dict) else {}
+    dim, blocks, files, shard = (given.get(key) for key in ("dim", "blocks", "files", "shard"))
+    fits = (
+        isinstance(files, list)
+        and files
+        and all(isinstance(file, str) and file == Path(file).name and file.endswith(".pt") for file in files)
+        and isinstance(shard, list)
+        and all(type(size) is int and size >= 0 for size in shard)
+        and (dim is None or (type(dim) is int and 0 <= dim < len(shard)))
+        and blocks in (None, 1, 2)
+    )
+    if not fits:
+        raise BadInput(f"{where}: the entry of {name[:80]} is not dim, blocks, files of this folder, and shard")
+    assert isinstance(files, list) and isinstance(shard, list)
+    return _Entry(dim, blocks or 1, tuple(files), tuple(shard))
+
+
+def _role(found: Mapping[str, Any], entries: Mapping[str, _Entry], asked: str | None, where: str) -> str:
+    scalar = HEAD in entries
+    said = found.get("role", "reward" if scalar else "policy")
+    if said not in ROLES or (said != "policy") != scalar:
+        raise BadInput(f"{where} says role {str(said)[:40]!r}, and its tensors are not of one")
+    if asked is None or asked == said:
+        return str(said)
+    if scalar and asked != "policy":
+        return asked
+    if scalar:
+        raise BadInput(f"{where}: the weights end in a scalar head and have no output layer; write --role {said}")
+    raise BadInput(
+        f"{where}: the weights are of a language model without a scalar head, which the role {asked} ends in; write "
+        "--fresh-head SEED to begin one on it"
+    )

@@ -1,0 +1,504 @@
+"""Proves that Megatron-Core and this project read each other's distributed checkpoints bit for bit, under any layout,
+and that a damaged or hostile one is refused in one sentence before anything of it is run.
+
+Not proved here: checkpoints of other versions of Megatron-Core than the one installed, and of the zarr backend, which
+is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from megatron_rlhf.config.schema import Model, Rope
+from megatron_rlhf.convert import huggingface, megatron, megatron_args, nemo, run, weights
+from megatron_rlhf.convert.logical import Card
+from megatron_rlhf.models.transformer import Network
+from tests.helpers import checkpoints as tiny
+from tests.helpers import roles
+from tests.helpers.grid import on_grid
+
+GPT, LLAMA = tiny.GPT, tiny.LLAMA
+
+
+def sharded(network: Network, **metadata: Any) -> dict[str, Any]:
+    """The state that Megatron-LM saves: its model or virtual stages. Collective: world."""
+    assert network.grid.groups is not None
+    # Megatron asks the global state for this rank of a tied copy; ours is never initialised
+    with mock.patch("megatron.core.parallel_state.get_data_parallel_rank", return_value=network.grid.dp_rank):
+        states = [
+            chunk.sharded_state_dict(metadata={"dp_cp_group": network.grid.groups.dp_cp, **metadata})
+            for chunk in network.chunks
+        ]
+    return {"model": states[0]} if len(states) == 1 else {f"model{place}": state for place, state in enumerate(states)}
+
+
+def filled(network: Network, folder: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors of `network` after Megatron-Core has loaded the checkpoint into it. Collective: world."""
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(sharded(network), str(folder))
+    for place, chunk in enumerate(network.chunks):
+        chunk.load_state_dict(state["model" if len(network.chunks) == 1 else f"model{place}"])
+    return roles.weights(network)
+
+
+def trimmed(whole: dict[str, torch.Tensor], vocabulary: int) -> dict[str, torch.Tensor]:
+    """The tensors without the rows that pad the vocabulary."""
+    return {
+        name: tensor[:vocabulary] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else tensor
+        for name, tensor in whole.items()
+    }
+
+
+@on_grid(4)
+@pytest.mark.parametrize(
+    ("model", "saved", "loaded", "scalar", "numbered"),
+    [
+        (roles.MODEL, "tp2 pp2", "tp1 pp4", False, False),
+        (roles.LLAMA, "tp1 pp2 vp2 dp2", "tp2 pp2 sp", False, True),
+        (roles.LLAMA, "tp2 pp2", "tp2 pp2 vp2", True, False),
+        pytest.param(roles.LLAMA, "tp4", "tp2 dp2", False, False, marks=pytest.mark.slow),
+        pytest.param(replace(roles.LLAMA, tied=True), "pp4", "tp2 pp2", False, False, marks=pytest.mark.slow),
+        pytest.param(roles.MODEL, "tp2 dp2", "pp4", True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_megatron_core_and_we_read_each_other(
+    model: Model, saved: str, loaded: str, scalar: bool, numbered: bool, tmp_path: Path
+) -> None:
+    """What Megatron-Core saved under one layout we read, what we write it loads under another, bit for bit; the 28 rows
+    that pad the vocabulary come and go. `numbered` has a key a layer, and a gated projection in halves."""
+    from megatron.core import dist_checkpointing
+
+    network = roles.network(saved, model, scalar=scalar)
+    expected = trimmed(roles.weights(network), model.vocabulary)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    if dist.get_rank() == 0:
+        theirs.mkdir()
+    dist.barrier()
+    args = argparse.Namespace(**megatron_args.args_of(model, roles.PADDED), tensor_model_parallel_size=2)
+    state = {**sharded(network, singleton_local_shards=numbered), "args": args, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, str(theirs))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        source = megatron.open_source(theirs)
+        assert source.card.role == ("reward" if scalar else "policy")
+        assert megatron_args.normal(source.card.model) == megatron_args.normal(replace(model, init_std=0.1))
+        found = tiny.everything(source)
+        assert tiny.same(found, {name: expected[name] for name in found}) and len(found) == len(expected)
+        megatron.write(ours, source.card, tiny.stream(found), torch.float32, layout="tp2 pp2")
+    dist.barrier()
+    target = roles.network(loaded, model, scalar=scalar, seed=99)
+    again = filled(target, ours / "release")
+    assert tiny.same(trimmed(again, model.vocabulary), expected)
+    for name, tensor in again.items():
+        assert tensor.shape == expected[name].shape or not tensor[model.vocabulary :].any(), name
+    assert roles.copies_agree(target)
+
+
+def written(folder: Path, card: Card, found: dict[str, torch.Tensor], **settings: Any) -> Path:
+    """A checkpoint of ours; the folder that Megatron-Core would be given."""
+    megatron.write(folder, card, tiny.stream(found), next(iter(found.values())).dtype, **settings)
+    return folder / "release"
+
+
+@pytest.mark.parametrize(
+    ("model", "role", "tp", "dtype"),
+    [
+        (GPT, "policy", 1, torch.float32),
+        (GPT, "value", 2, torch.float16),
+        (LLAMA, "policy", 4, torch.bfloat16),
+        (
+            replace(LLAMA, tied=True, rope=Rope(base=500000.0, scaling="llama3", factor=32.0)),
+            "reward",
+            2,
+            torch.float32,
+        ),
+        (replace(LLAMA, rope=Rope(scaling="yarn", factor=4.0, original_context=32)), "policy", 4, torch.float32),
+        (replace(LLAMA, rope=Rope(scaling="linear", factor=2.0), norm_epsilon=1e-6), "policy", 1, torch.float32),
+    ],
+)
+def test_there_and_back(model: Model, role: str, tp: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Architecture, role, tokenizer and every bit come back; torch's own reader finds the same tensors."""
+    precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    card = Card(replace(model, precision=precision), role, {"tokenizer.model": b"pieces"})
+    expected = tiny.tensors(card, dtype=dtype)
+    written(tmp_path / "out", card, expected, layout=f"tp{tp}")
+    source = megatron.open_source(tmp_path / "out")
+    assert tiny.same(tiny.everything(source), expected)
+    assert megatron_args.normal(source.card.model) == megatron_args.normal(card.model)
+    assert (source.card.role, source.card.tokenizer) == (role, {"tokenizer.model": b"pieces"})
+    again = megatron.megatron_card.read_model(tmp_path / "out" / "model.yaml")
+    assert asdict(again) == asdict(card.model)
+
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    state = {key: torch.zeros(4, *expected["decoder.layers.0.mlp.linear_fc1.weight"].shape, dtype=dtype)}
+    dcp.load(state, storage_reader=FileSystemReader(tmp_path / "out" / "release"), no_dist=True)
+    for layer in range(4):
+        assert state[key][layer].equal(expected[f"decoder.layers.{layer}.mlp.linear_fc1.weight"])
+
+
+def renamed(name: str, style: str) -> str:
+    """A name as other programs have it: with a prefix, of local or of Transformer Engine's layers."""
+    fused = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    fused = fused.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    return {"local": name, "model": f"model.{fused}", "module": f"model.module.{name}"}[style]
+
+
+def saved_by_torch(folder: Path, state: dict[str, Any], model: Model | None) -> Path:
+    """A checkpoint that torch's own writer made, with a YAML of the model beside it."""
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    if model is not None:
+        torch.save({"args": argparse.Namespace(**megatron_args.args_of(model, 128))}, folder / "common.pt")
+    return folder
+
+
+@pytest.mark.parametrize("style", ["local", "model", "module"])
+def test_a_key_a_layer_with_any_prefix(style: str, tmp_path: Path) -> None:
+    """Names of local and of fused layers are read with and without prefix, whole or in halves; the training's state and
+    Transformer Engine's are no leftovers, and a tensor of no model is."""
+    card = Card(LLAMA)
+    expected = tiny.tensors(card)
+    state: dict[str, Any] = {renamed(name, style): tensor for name, tensor in expected.items()}
+    key = renamed("decoder.layers.1.mlp.linear_fc1.weight", style)
+    state[f"{key}_w"], state[f"{key}_v"] = state.pop(key).chunk(2)
+    state["optimizer.state.exp_avg.embedding.word_embeddings.weight"] = torch.ones(2)
+    state["decoder.layers.0.mlp.linear_fc1._extra_state"] = torch.ones(1)
+    source = megatron.open_source(saved_by_torch(tmp_path / "all", state, LLAMA))
+    assert tiny.same(tiny.everything(source), expected)
+    state["decoder.layers.0.mlp.router.weight"] = torch.ones(2)
+    lost = state.pop(renamed("decoder.layers.2.mlp.linear_fc2.weight", style))
+    source = megatron.open_source(saved_by_torch(tmp_path / "odd", state, LLAMA))
+    assert source.leftover() == ["decoder.layers.0.mlp.router.weight"] and lost is not None
+    assert source.missing() == ["decoder.layers.2.mlp.linear_fc2.weight"]
+
+
+def test_the_vocabulary_is_what_the_settings_say(tmp_path: Path) -> None:
+    """Padded rows are dropped, and fewer rows than tokens are refused; without settings a YAML says the model."""
+    card = Card(GPT)
+    expected = tiny.tensors(card)
+    embedding = "embedding.word_embeddings.weight"
+    padded = {**expected, embedding: torch.nn.functional.pad(expected[embedding], (0, 0, 0, 27))}
+    source = megatron.open_source(saved_by_torch(tmp_path / "padded", padded, GPT))
+    assert source.card.model.vocabulary == 101 and tiny.same(tiny.everything(source), expected)
+    bare = saved_by_torch(tmp_path / "bare", padded, None)
+    assert "does not say its architecture (it holds no args); give --model" in tiny.refused(megatron.open_source, bare)
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump(asdict(replace(GPT, vocabulary=100))))
+    assert len(megatron.open_source(bare, model=file).read(embedding)) == 100
+    file.write_text(yaml.safe_dump(asdict(replace(GPT, vocabulary=129))))
+    assert "128 rows of words, the model has 129" in tiny.refused(megatron.open_source, bare, model=file)
+    file.write_text(yaml.safe_dump(asdict(replace(GPT, hidden=64))))
+    assert "weight is [128, 32], the model wants [101, 64]" in tiny.refused(megatron.open_source, bare, model=file)
+    file.write_text(yaml.safe_dump(asdict(replace(GPT, layers=2))))
+    assert megatron.open_source(bare, model=file).leftover()[0].startswith("decoder.layers.2.")
+    file.write_text("layers: 4\nhiden: 3")
+    assert "'model.hiden' is unknown" in tiny.refused(megatron.open_source, bare, model=file)
+
+
+def test_settings_of_megatron_bridge_are_read_without_its_classes(tmp_path: Path) -> None:
+    """run_config.yaml says the architecture; its Python tags are text, and `!!python/object/apply` runs nothing."""
+    found = tiny.tensors(Card(LLAMA))
+    folder = saved_by_torch(tmp_path / "bridge", found, None)
+    text = """
+model:
+  _target_: megatron.bridge.models.llama.LlamaProvider
+  activation_func: !!python/name:torch.nn.functional.silu
+  num_layers: 4
+  hidden_size: 32
+  num_attention_heads: 8
+  num_query_groups: 4
+  ffn_hidden_size: 64
+  seq_length: 64
+  vocab_size: 101
+  normalization: RMSNorm
+  gated_linear_unit: true
+  add_bias_linear: false
+  position_embedding_type: rope
+  share_embeddings_and_output_weights: false
+  surprise: !!python/object/apply:os.system ["touch VICTIM"]
+"""
+    (folder / "run_config.yaml").write_text(text.replace("VICTIM", str(tmp_path / "bitten")))
+    source = megatron.open_source(folder)
+    assert tiny.same(tiny.everything(source), found) and not (tmp_path / "bitten").exists()
+    assert megatron_args.normal(source.card.model) == megatron_args.normal(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts": 8}, "num_experts=8 is a network that is not known here"),
+        ({"multi_latent_attention": True}, "multi_latent_attention=True"),
+        ({"normalization": "RMSNorm"}, "normalization=RMSNorm, position_embedding_type=learned_absolute"),
+        ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
+        ({"hidden_size": "32"}, "hidden_size is 32; it must be a whole number above 0"),
+        ({"num_layers": None}, "num_layers is missing"),
+        ({"num_attention_heads": 5, "kv_channels": None}, "5 heads do not divide 32"),
+        ({"norm_epsilon": float("nan"), "layernorm_epsilon": None}, "layernorm_epsilon is nan"),
+        ({"num_layers": 1 << 30}, "layers"),
+    ],
+)
+def test_another_network_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    args = {**megatron_args.args_of(GPT, 128), **change}
+    assert said in tiny.refused(megatron_args.model_of, args, "args", rows=128, precision="fp32")
+
+
+def test_roles_and_heads_must_agree(tmp_path: Path) -> None:
+    """A head is not made up and not dropped without a word."""
+    policy = written(tmp_path / "policy", Card(GPT), tiny.tensors(Card(GPT)))
+    value = written(tmp_path / "value", Card(GPT, "value"), tiny.tensors(Card(GPT, "value")))
+    assert "without a scalar head, which the role reward ends in" in tiny.refused(
+        megatron.open_source, policy, "reward"
+    )
+    assert "end in a scalar head" in tiny.refused(megatron.open_source, value, "policy")
+    assert megatron.open_source(value, "reward").card.role == "reward"
+
+
+def test_the_tracker_names_the_iteration(tmp_path: Path) -> None:
+    written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)))
+    (tmp_path / "out/release").rename(tmp_path / "out/iter_0000120")
+    assert "names release, which is not there" in tiny.refused(megatron.open_source, tmp_path / "out")
+    (tmp_path / "out" / megatron.TRACKER).write_text("120")
+    assert megatron.open_source(tmp_path / "out").missing() == []
+    (tmp_path / "out" / megatron.TRACKER).write_text("../../etc")
+    assert "must be a number of an iteration, or release" in tiny.refused(megatron.open_source, tmp_path / "out")
+    assert "is no folder" in tiny.refused(megatron.open_source, tmp_path / "nowhere")
+    assert "no Megatron checkpoint" in tiny.refused(megatron.open_source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("tp3", "tp3 does not divide the 4 parts that decoder.layers.0.self_attention.linear_proj.weight"),
+        ("pp3", "4 layers do not divide into the 3 chunks"),
+        ("tp2 xx", "layout word 'xx'"),
+    ],
+)
+def test_a_layout_that_the_model_does_not_have_is_refused(words: str, said: str, tmp_path: Path) -> None:
+    found = tiny.tensors(Card(LLAMA))
+    write = megatron.write
+    assert said in tiny.refused(write, tmp_path / "o", Card(LLAMA), tiny.stream(found), torch.float32, layout=words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """Neither a folder nor a part of one; and what is there already is not written over."""
+    found = tiny.tensors(Card(GPT))
+
+    def broken() -> Any:
+        yield from list(found.items())[:3]
+        raise OSError("planted")
+
+    with pytest.raises(OSError, match="planted"):
+        megatron.write(tmp_path / "out", Card(GPT), broken(), torch.float32)
+    assert list(tmp_path.iterdir()) == []
+    written(tmp_path / "out", Card(GPT), found)
+    assert "is there already" in tiny.refused(
+        megatron.write, tmp_path / "out", Card(GPT), tiny.stream(found), torch.float32
+    )
+
+
+def test_nothing_of_a_hostile_checkpoint_is_run(tmp_path: Path) -> None:
+    """os.system in the metadata, in the settings and in a piece: one sentence each, and no command was run."""
+    victim = tmp_path / "bitten"
+    bite = tiny.Bite(victim)
+    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)))
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    (folder / ".metadata").write_bytes(pickle.dumps(bite))
+    assert "asks for posix.system, which no metadata has" in tiny.refused(megatron.open_source, folder)
+    for protocol in (0, 2, 4):
+        (folder / ".metadata").write_bytes(pickle.dumps({"a": bite}, protocol=protocol))
+        tiny.refused(megatron.open_source, folder)
+    (folder / ".metadata").write_bytes(whole[".metadata"])
+
+    torch.save({"args": bite}, folder / "common.pt")
+    assert "asks for posix.system, which no weights need" in tiny.refused(megatron.open_source, folder)
+    (folder / "common.pt").write_bytes(whole["common.pt"])
+
+    stored = megatron.dist_metadata.tensors(folder)["decoder.final_layernorm.weight"].pieces[0]
+    evil = io.BytesIO()
+    torch.save(bite, evil)
+    data = bytearray(whole[stored.file])
+    data[stored.start : stored.start + stored.length] = evil.getvalue().ljust(stored.length, b"\0")
+    (folder / stored.file).write_bytes(data)
+    source = megatron.open_source(folder)
+    assert "is no file of torch.save" in tiny.refused(source.read, "decoder.final_layernorm.weight")
+    assert not victim.exists()
+
+
+class Other:
+    """A class of Megatron's in someone's args."""
+
+    __module__ = "megatron.training.enums"
+    __qualname__ = __name__ = "Other"
+
+
+def test_classes_of_megatron_in_the_settings_are_not_needed(tmp_path: Path) -> None:
+    """Args hold enumerations of Megatron; they are read as stand-ins, where Megatron-LM is not installed too."""
+    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)))
+    args = argparse.Namespace(**megatron_args.args_of(GPT, 128), params_dtype=torch.bfloat16)
+    data = pickle.dumps({"args": args}, protocol=2)
+    # one more entry in the Namespace: an object of a class that cannot be imported
+    other = b"X\x05\x00\x00\x00othercmegatron.training.enums\nOther\n)\x81"
+    cut = data.rindex(b"ub")
+    file = io.BytesIO()
+    torch.save({"args": 1}, file)
+    with zipfile.ZipFile(file) as plain, zipfile.ZipFile(folder / "common.pt", "w") as archive:
+        for member in plain.infolist():
+            inner = data[:cut] + other + data[cut:] if member.filename.endswith("data.pkl") else plain.read(member)
+            archive.writestr(member.filename, inner)
+    assert megatron.open_source(folder).card.model == replace(GPT, ffn=128)
+
+
+def with_metadata(folder: Path, **changes: Any) -> None:
+    """Change the piece of the final norm as the metadata has it."""
+    file = folder / ".metadata"
+    found = pickle.loads(file.read_bytes())
+    key = "decoder.final_layernorm.weight"
+    index = next(index for index in found.storage_data if index.fqn == key)
+    for name, value in changes.items():
+        if name in ("relative_path", "offset", "length", "transform_descriptors"):
+            setattr(found.storage_data[index], name, value)
+        elif name == "size":
+            found.state_dict_metadata[key].size = torch.Size(value)
+        elif name == "sizes":
+            found.state_dict_metadata[key].chunks[0].sizes = torch.Size(value)
+        else:
+            found.storage_data.pop(index)
+    file.write_bytes(pickle.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"relative_path": "../secret"}, "must be a file of its own folder"),
+        ({"relative_path": "/etc/passwd"}, "must be a file of its own folder"),
+        ({"relative_path": "gone.distcp"}, "names gone.distcp, which is not there"),
+        ({"offset": 1 << 40}, "ends at"),
+        ({"length": 1 << 47}, "ends at"),
+        ({"length": 8}, "does not fit"),
+        ({"offset": -1}, "no size"),
+        ({"size": [1 << 45], "sizes": [1 << 45]}, "does not fit"),
+        ({"size": [64]}, "do not fill"),
+        ({"sizes": [16]}, "do not fill"),
+        ({"transform_descriptors": ["zstd"]}, "is compressed"),
+        ({"gone": True}, "has no place for the piece"),
+    ],
+)
+def test_sizes_and_places_are_checked_before_anything_is_read(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)))
+    with_metadata(folder, **changes)
+    assert said in tiny.refused(megatron.open_source, folder)
+
+
+def test_pieces_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Two pieces that fill a tensor by count, one over the other."""
+    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)), layout="tp2")
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    chunks = found.state_dict_metadata[key].chunks
+    moved = next(chunk for chunk in chunks if chunk.offsets[0] == 1 and chunk.offsets[2])
+    index = next(i for i in found.storage_data if i.fqn == key and tuple(i.offset) == tuple(moved.offsets))
+    moved.offsets = torch.Size([1, 0, 1])
+    found.storage_data[type(index)(key, moved.offsets)] = found.storage_data.pop(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    source = megatron.open_source(folder)
+    assert "overlap or leave a hole" in tiny.refused(source.read, "decoder.layers.1.mlp.linear_fc2.weight")
+    source.read("decoder.layers.0.mlp.linear_fc2.weight")
+
+
+def test_damage_is_one_sentence(tmp_path: Path) -> None:
+    """Every file cut in half and every file with garbage; a bomb of memory in a pickle's opcodes; another backend."""
+    folder = written(tmp_path / "out", Card(GPT), tiny.tensors(Card(GPT)))
+    for name in (".metadata", "common.pt", "metadata.json"):
+        whole = (folder / name).read_bytes()
+        for damage in (whole[: len(whole) // 2], b"", b"\x80\x04garbage", os.urandom(200)):
+            (folder / name).write_bytes(damage)
+            tiny.refused(megatron.open_source, folder)
+        (folder / name).write_bytes(whole)
+    (folder / ".metadata").write_bytes(b"\x80\x04]r\xff\xff\xff\x7f.")
+    assert "is no pickled metadata (memo 2147483647)" in tiny.refused(megatron.open_source, folder)
+    (folder / ".metadata").write_bytes(b"\x80\x05\x96" + (1 << 50).to_bytes(8, "little") + b".")
+    tiny.refused(megatron.open_source, folder)
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    assert "sharded_backend 'zarr' is not read" in tiny.refused(megatron.open_source, folder)
+
+
+def test_a_piece_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
+    """The metadata and the piece must agree, and a compressed piece is not unpacked."""
+    found = tiny.tensors(Card(GPT))
+    folder = written(tmp_path / "out", Card(GPT), found)
+    key = "decoder.final_layernorm.weight"
+    stored = megatron.dist_metadata.tensors(folder)[key].pieces[0]
+
+    def put(data: bytes) -> str:
+        file = folder / stored.file
+        start = file.stat().st_size
+        file.write_bytes(file.read_bytes() + data)
+        with_metadata(folder, offset=start, length=len(data))
+        return tiny.refused(megatron.open_source(folder).read, key)
+
+    for wrong in (torch.zeros(32, dtype=torch.float64), torch.zeros(31), torch.zeros(1).expand(32), [1, 2]):
+        file = io.BytesIO()
+        torch.save(wrong, file)
+        assert "holds no tensor of torch.float32 [32]" in put(file.getvalue())
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1 << 22))
+    assert "is compressed" in put(packed.getvalue())
+
+
+def test_what_megatrons_args_cannot_say_is_refused(tmp_path: Path) -> None:
+    rope = Rope(scaling="llama3", factor=8.0, low=2.0)
+    said = tiny.refused(megatron_args.args_of, replace(LLAMA, rope=rope), 128)
+    assert "cannot say rope=" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "role"),
+    [
+        (GPT, "policy"),
+        (replace(GPT, tied=True), "reward"),
+        (LLAMA, "policy"),
+        (replace(LLAMA, tied=True), "policy"),
+        (LLAMA, "value"),
+    ],
+)
+def test_a_chain_through_every_format_comes_back_to_the_bit(model: Model, role: str, tmp_path: Path) -> None:
+    """Hugging Face, Megatron (tp2 pp2), NeMo, a folder of weights, Megatron, Hugging Face: an odd vocabulary, two
+    shards, a head, every tensor bit for bit and the two config.json alike."""
+    card = Card(replace(model, ffn=128 if model.style == "gpt" else 64), role)
+    expected = tiny.tensors(card)
+    hf, last = tmp_path / "0", tmp_path / "5"
+    huggingface.write(hf, card, tiny.stream(expected), torch.float32)
+    asked = role if role == "value" else None
+    chain = [
+        (huggingface.open_source, partial(megatron.write, layout="tp2 pp2")),
+        (megatron.open_source, nemo.write),
+        (nemo.open_source, weights.write),
+        (weights.open_source, megatron.write),
+        (megatron.open_source, huggingface.write),
+    ]
+    for place, (reader, writer) in enumerate(chain):
+        run.convert(reader(tmp_path / str(place), asked), writer, tmp_path / str(place + 1), quiet=True)
+    assert tiny.same(tiny.everything(huggingface.open_source(last, asked)), expected)
+    assert (last / "config.json").read_text() == (hf / "config.json").read_text()
