@@ -74,7 +74,7 @@ def convert(asked: argparse.Namespace) -> Card:
 
 def _tokenizer(folder: Path | None) -> dict[str, bytes] | None:
     files = tokenizer_files.collect(folder) if folder else None
-    if files == {}:
+    if files is not None and not tokenizer_files.complete(files):
         raise BadInput(f"{folder} holds no tokenizer; write --tokenizer FOLDER with one")
     return files
 
@@ -83,7 +83,7 @@ def told(target: Path, to: str, card: Card) -> str:
     """What is at `target` now, and the words that use it."""
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
     said = [f"{target}: a {card.role} model of {len(card.shapes())} tensors in {card.model.precision}, {size:,} bytes"]
-    if not card.tokenizer:
+    if not tokenizer_files.complete(card.tokenizer):
         said.append("the source has no tokenizer: --tokenizer FOLDER takes one along")
     if to == "weights":
         use = f"model={target / weights.MODEL} checkpoint.pretrained={target}"
