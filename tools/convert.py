@@ -56,6 +56,8 @@ def convert(asked: argparse.Namespace) -> Card:
     """What was written. Raises BadInput."""
     if asked.layout and asked.to not in LAID_OUT:
         raise BadInput(f"--layout is for {' and '.join(LAID_OUT)}: {asked.to} is read under every layout; leave it out")
+    if asked.shard_gib is not None and not 0 < asked.shard_gib < 1 << 20:
+        raise BadInput(f"--shard-gib {asked.shard_gib:g} must be above 0; write for example --shard-gib 5")
     if asked.shard_gib is not None and asked.to != "hf":
         raise BadInput("--shard-gib is the size of Hugging Face's files; leave it out")
     fresh = asked.fresh_head is not None
