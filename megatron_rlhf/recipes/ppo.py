@@ -157,10 +157,11 @@ def train(run: Session) -> dict[str, float]:
             row = {**last, **switched(ppo), "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
             run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
             progress.advance(f"score {last['score']:.3f}, KL {last['kl']:.3f}, drift {last['drift']:.6f}")
-            if run.stop.requested():
+            if run.stopping():
                 run.leave(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners)
             if run.config.checkpoint.every and ppo.iteration % run.config.checkpoint.every == 0:
-                run.save(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners)
+                run.save(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners, metrics=last)
+    run.settle()
     _publish(ppo, last)
     return {**last, **ppo.checks}
 
@@ -182,13 +183,15 @@ def prepared(run: Session) -> Run:
         reference: Engine = Lodger(learner, read, compute)
     else:
         reference = Engine(_loaded(run, run.network(config.model, layout.reference), START), read, compute)
+    bridge = switch.build(learner, run.network(config.model, _generate(run)), config.reshard)
+    run.pinned["plan"] = bridge.plan
     return Run(
         session=run,
         policy=learner,
         reference=reference,
         value=Engine(value, roles.values(), compute, adam=adam, learning=config.ppo.value, seed=seed),
         reward=Engine(reward, roles.scores(), config.compute),
-        bridge=switch.build(learner, run.network(config.model, _generate(run)), config.reshard),
+        bridge=bridge,
         prompts=PromptStream.load(
             run.data / "prompts.train.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=seed
         ),
@@ -217,7 +220,8 @@ def _generate(run: Session) -> Layout:
 
 
 def _loaded(run: Session, network: Network, stage: str) -> Network:
-    weights.load(network, run.weights(stage))
+    found = run.fill(network, run.weights(stage))
+    run.pinned[f"weights.{stage}"] = str(found.get("seal"))[:16]
     return network
 
 
