@@ -6,9 +6,7 @@ Hydra composes the YAML files under configs/; what comes out is a plain dict, an
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -68,10 +66,17 @@ def resolved(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def digest(config: Config) -> str:
-    """SHA-256 of the resolved settings: runs of equal digest are the same run, wherever their folders moved to."""
-    settings = {name: value for name, value in resolved(config).items() if name != "out"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its key, `ppo.kl.coef` and the like."""
+    return _flat(resolved(config))
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = _join(path, str(name))
+        found.update(_flat(value, key) if isinstance(value, Mapping) else {key: value})
+    return found
 
 
 def build(kind: type[T], values: object, path: str = "") -> T:
@@ -153,20 +158,15 @@ def _settings(section: str, path: Path) -> list[tuple[str, str]]:
         raise BadInput(f"{path} is no YAML of settings: {_sentence(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} is no file of settings; write {section}={choices('model')[0]}, or a file's path")
-    found = dict(_flat(section, values))
+    found = {key: _word(value) for key, value in _flat(values, section).items()}
     for key in found:
         if key not in _leaves(Config):
             raise BadInput(f"{path}: {_unknown(key)}")
     return list(found.items())
 
 
-def _flat(path: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        key = _join(path, str(name))
-        if isinstance(value, Mapping):
-            yield from _flat(key, value)
-        else:
-            yield key, str(value).lower() if isinstance(value, bool) else str(value)
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _asks_for_experiment(recipe: str) -> bool:

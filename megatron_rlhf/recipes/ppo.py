@@ -66,6 +66,11 @@ class Run:
         return self.session.config.ppo
 
     @property
+    def learners(self) -> dict[str, Engine]:
+        """The roles whose optimizers are saved."""
+        return {"policy": self.policy, "value": self.value}
+
+    @property
     def same_layout(self) -> bool:
         """Whether reference and policy compute alike, so that the first KL is exactly 0."""
         return self.policy.network.grid.layout == self.reference.network.grid.layout
@@ -160,10 +165,11 @@ def train(run: Session) -> dict[str, float]:
             row = {**last, **switched(ppo), "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
             run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
             progress.advance(f"score {last['score']:.3f}, KL {last['kl']:.3f}, drift {last['drift']:.6f}")
-            if run.stop.requested():
-                run.leave(STAGE, ppo.iteration, _put_down(ppo, measured))
+            if run.stopping():
+                run.leave(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners)
             if run.config.checkpoint.every and ppo.iteration % run.config.checkpoint.every == 0:
-                run.save(STAGE, ppo.iteration, _put_down(ppo, measured))
+                run.save(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners, metrics=last)
+    run.settle()
     _publish(ppo, last)
     return {**last, **ppo.checks}
 
@@ -185,13 +191,15 @@ def prepared(run: Session) -> Run:
         reference: Engine = Lodger(learner, read, compute)
     else:
         reference = Engine(_loaded(run, run.network(config.model, layout.reference), START), read, compute)
+    bridge = switch.build(learner, run.network(config.model, _generate(run)), config.reshard)
+    run.pinned["plan"] = bridge.plan
     return Run(
         session=run,
         policy=learner,
         reference=reference,
         value=Engine(value, roles.values(), compute, adam=adam, learning=config.ppo.value, seed=seed),
         reward=Engine(reward, roles.scores(), config.compute),
-        bridge=switch.build(learner, run.network(config.model, _generate(run)), config.reshard),
+        bridge=bridge,
         prompts=PromptStream.load(
             run.data / "prompts.train.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=seed
         ),
@@ -220,7 +228,8 @@ def _generate(run: Session) -> Layout:
 
 
 def _loaded(run: Session, network: Network, stage: str) -> Network:
-    weights.load(network, run.weights(stage))
+    found = run.fill(network, run.weights(stage))
+    run.pinned[f"weights.{stage}"] = str(found.get("seal"))[:16]
     return network
 
 
@@ -236,9 +245,8 @@ def _publish(run: Run, last: dict[str, float]) -> None:
 
 
 def _put_down(run: Run, measured: dict[str, float]) -> dict[str, Any]:
+    """What is equal on all ranks; the rest of the state is in `run.learners`."""
     return {
-        "policy": run.policy.state(),
-        "value": run.value.state(),
         "prompts": run.prompts.state(),
         "text": run.text.state(),
         "kl_coef": run.kl.coef,
@@ -252,13 +260,12 @@ def _take_up(run: Run) -> dict[str, float]:
     saved = run.session.saved(STAGE)
     if saved is None:
         return {}
-    run.iteration, state = saved
-    run.policy.restore(state["policy"])
-    run.value.restore(state["value"])
-    run.prompts.restore(state["prompts"])
-    run.text.restore(state["text"])
-    run.kl = replace(run.kl, coef=state["kl_coef"])
-    run.checks = state["checks"]
+    saved.fill(run.learners)
+    run.iteration, common = saved.step, saved.common
+    run.prompts.restore(common["prompts"])
+    run.text.restore(common["text"])
+    run.kl = replace(run.kl, coef=common["kl_coef"])
+    run.checks = common["checks"]
     run.session.log.truncate_after(STAGE, run.iteration - 1)
     run.session.log.say(f"{STAGE}: going on after iteration {run.iteration}")
-    return state["measured"]
+    return dict(common["measured"])
