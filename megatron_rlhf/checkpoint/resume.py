@@ -17,9 +17,10 @@ from megatron_rlhf.observe.log import write_json
 NEWEST = "newest.json"
 
 
-def save(folder: Path, step: int, state: dict[str, Any], *, layout: str, digest: str) -> None:
-    """Write this rank's `state` after `step`; the marker moves when every rank has written. Collective: world."""
-    target = folder / f"step_{step}"
+def save(folder: Path, step: int, state: dict[str, Any], *, layout: str, digest: str, phase: str = "") -> None:
+    """Write this rank's `state` after `step`, or inside the next after `phase`; the marker moves when every rank has
+    written. Collective: world."""
+    target = folder / _name(step, phase)
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
@@ -33,7 +34,8 @@ def save(folder: Path, step: int, state: dict[str, Any], *, layout: str, digest:
     dist.barrier()
     if dist.get_rank() == 0:
         write_json(
-            folder / NEWEST, {"step": step, "world": dist.get_world_size(), "layout": layout, "config": digest}
+            folder / NEWEST,
+            {"step": step, "phase": phase, "world": dist.get_world_size(), "layout": layout, "config": digest},
         )
         for old in folder.glob("step_*"):
             if old != target:
@@ -60,5 +62,9 @@ def load(folder: Path, *, layout: str, digest: str) -> tuple[int, dict[str, Any]
                 f"{folder} was saved with {what} {saved}, this run has {here}: "
                 "run it as it was started, or give another `out`, or checkpoint.resume=never"
             )
-    path = folder / f"step_{newest['step']}" / f"rank_{dist.get_rank()}.pt"
+    path = folder / _name(newest["step"], newest["phase"]) / f"rank_{dist.get_rank()}.pt"
     return newest["step"], torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _name(step: int, phase: str) -> str:
+    return f"step_{step}.{phase}" if phase else f"step_{step}"

@@ -103,10 +103,10 @@ class Session:
         """Rows of the vocabulary of `model`, padded for every layout of the run."""
         return transformer.padded(model.vocabulary, _multiple(self.config))
 
-    def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
-        """Write the run's state after `step` of a stage. Collective: world."""
+    def save(self, stage: str, step: int, state: dict[str, Any], phase: str = "") -> None:
+        """Write the run's state after `step` of a stage, or inside the next, after its `phase`. Collective: world."""
         folder, layout = self.out / stage / "state", str(self.config.layout)
-        resume.save(folder, step, state, layout=layout, digest=_digest(self.config))
+        resume.save(folder, step, state, layout=layout, digest=_digest(self.config), phase=phase)
 
     def saved(self, stage: str) -> tuple[int, dict[str, Any]] | None:
         """The newest state of a stage, None where it starts anew."""
@@ -114,10 +114,11 @@ class Session:
             return None
         return resume.load(self.out / stage / "state", layout=str(self.config.layout), digest=_digest(self.config))
 
-    def leave(self, stage: str, step: int, state: dict[str, Any]) -> None:
+    def leave(self, stage: str, step: int, state: dict[str, Any], phase: str = "") -> None:
         """Save and exit with the code that asks to be submitted again. Collective: world."""
-        self.save(stage, step, state)
-        self.log.say(f"{stage}: stopped by a signal after step {step}, saved; run the same command to go on")
+        self.save(stage, step, state, phase)
+        inside = f", in the next one after {phase}" if phase else ""
+        self.log.say(f"{stage}: stopped by a signal after step {step}{inside}, saved; run the same command to go on")
         self.log.close()
         raise SystemExit(STOPPED)
 
