@@ -15,6 +15,9 @@ from megatron_rlhf.recipes.session import Session
 from megatron_rlhf.train.engine import Engine, Loss
 from megatron_rlhf.train.microbatch import Batch
 
+ROLE = "model"
+"""What a supervised stage's one role is called in its state."""
+
 
 class Resumable(Protocol):
     """A data order that can be put down and taken up."""
@@ -55,9 +58,9 @@ def learn(session: Session, lesson: Lesson) -> Stats:
                 late += stats
             progress.advance(", ".join(f"{name} {stats[name]:.4g}" for name in stats.sums if name.startswith("loss.")))
             if session.stop.requested():
-                session.leave(lesson.stage, step + 1, put_down(lesson.engine, lesson.streams))
+                session.leave(lesson.stage, step + 1, put_down(lesson.streams), {ROLE: lesson.engine})
             if session.config.checkpoint.every and (step + 1) % session.config.checkpoint.every == 0:
-                session.save(lesson.stage, step + 1, put_down(lesson.engine, lesson.streams))
+                session.save(lesson.stage, step + 1, put_down(lesson.streams), {ROLE: lesson.engine})
     return late
 
 
@@ -73,9 +76,9 @@ def rate(learning: Learning, step: int, steps: int) -> float:
     )
 
 
-def put_down(engine: Engine, streams: Mapping[str, Resumable]) -> dict[str, Any]:
-    """What `take_up` needs."""
-    return {"engine": engine.state(), "streams": {name: stream.state() for name, stream in streams.items()}}
+def put_down(streams: Mapping[str, Resumable]) -> dict[str, Any]:
+    """The places in the data orders."""
+    return {"streams": {name: stream.state() for name, stream in streams.items()}}
 
 
 def take_up(session: Session, stage: str, engine: Engine, streams: Mapping[str, Resumable]) -> int:
@@ -83,13 +86,12 @@ def take_up(session: Session, stage: str, engine: Engine, streams: Mapping[str, 
     saved = session.saved(stage)
     if saved is None:
         return 0
-    step, state = saved
-    engine.restore(state["engine"])
+    saved.fill({ROLE: engine})
     for name, stream in streams.items():
-        stream.restore(state["streams"][name])
-    session.log.truncate_after(stage, step - 1)
-    session.log.say(f"{stage}: going on after step {step}")
-    return step
+        stream.restore(saved.common["streams"][name])
+    session.log.truncate_after(stage, saved.step - 1)
+    session.log.say(f"{stage}: going on after step {saved.step}")
+    return saved.step
 
 
 def _step(session: Session, lesson: Lesson, step: int) -> Stats:

@@ -72,6 +72,11 @@ class Run:
         return self.session.config.ppo
 
     @property
+    def learners(self) -> dict[str, Engine]:
+        """The roles whose optimizers are saved."""
+        return {"policy": self.policy, "value": self.value}
+
+    @property
     def same_layout(self) -> bool:
         """Whether reference and policy compute alike, so that the first KL is exactly 0."""
         return self.policy.network.grid.layout == self.reference.network.grid.layout
@@ -154,9 +159,9 @@ def reached(run: Run, phase: str = "", *, due: bool = False, **made: Any) -> Non
     run.flight = replace(run.flight, phase=phase, **made)
     settings = run.session.config.checkpoint
     if run.session.stop.requested():
-        run.session.leave(STAGE, run.iteration, _put_down(run), phase)
+        run.session.leave(STAGE, run.iteration, _put_down(run), run.learners, phase)
     if due or settings.phases:
-        run.session.save(STAGE, run.iteration, _put_down(run), phase)
+        run.session.save(STAGE, run.iteration, _put_down(run), run.learners, phase)
 
 
 def run(config: Config) -> None:
@@ -258,10 +263,10 @@ def _publish(run: Run) -> None:
 
 
 def _put_down(run: Run) -> dict[str, Any]:
+    """What is equal on all ranks, but for clocks and the judge's word, which are rank 0's; the rest of the state is in
+    `run.learners`."""
     seconds, elapsed = dict(run.session.timer.seconds), time.monotonic() - run.began
     return {
-        "policy": run.policy.state(),
-        "value": run.value.state(),
         "prompts": run.prompts.state(),
         "text": run.text.state(),
         "kl_coef": run.kl.coef,
@@ -279,21 +284,20 @@ def _take_up(run: Run) -> None:
     saved = run.session.saved(STAGE)
     if saved is None:
         return
-    run.iteration, state = saved
-    run.policy.restore(state["policy"])
-    run.value.restore(state["value"])
-    run.prompts.restore(state["prompts"])
-    run.text.restore(state["text"])
-    run.kl = replace(run.kl, coef=state["kl_coef"])
-    run.checks, run.drifted = state["checks"], state["drifted"]
-    run.last, run.measured = state["last"], state["measured"]
-    run.flight = Flight.of(state["flight"])
+    saved.fill(run.learners)
+    run.iteration, common = saved.step, saved.common
+    run.prompts.restore(common["prompts"])
+    run.text.restore(common["text"])
+    run.kl = replace(run.kl, coef=common["kl_coef"])
+    run.checks, run.drifted = dict(common["checks"]), common["drifted"]
+    run.last, run.measured = dict(common["last"]), dict(common["measured"])
+    run.flight = Flight.of(common["flight"])
     run.session.timer.seconds = dict(run.flight.seconds)
     if run.flight.drawn:
         # What drew the episodes in flight is looked at where they drift.
         run.bridge.load()
         run.bridge.unload()
-    run.bridge.cost = Cost(**state["reshard"]) if state["reshard"] else None
+    run.bridge.cost = Cost(**common["reshard"]) if common["reshard"] else None
     run.session.log.truncate_after(STAGE, run.iteration - 1)
     inside = f", in the next one after {run.flight.phase}" if run.flight.phase else ""
     run.session.log.say(f"{STAGE}: going on after iteration {run.iteration}{inside}")

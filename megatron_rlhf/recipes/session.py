@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_rlhf.checkpoint import resume
+from megatron_rlhf.checkpoint.resume import Saved
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.load import digest
 from megatron_rlhf.config.rules import check
@@ -23,6 +25,7 @@ from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.timer import Timer
 from megatron_rlhf.parallel import collectives, cpu, grid
 from megatron_rlhf.recipes import places
+from megatron_rlhf.train.engine import Engine
 
 STOPPED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -103,20 +106,27 @@ class Session:
         """Rows of the vocabulary of `model`, padded for every layout of the run."""
         return transformer.padded(model.vocabulary, _multiple(self.config))
 
-    def save(self, stage: str, step: int, state: dict[str, Any], phase: str = "") -> None:
-        """Write the run's state after `step` of a stage, or inside the next, after its `phase`. Collective: world."""
-        folder, layout = self.out / stage / "state", str(self.config.layout)
-        resume.save(folder, step, state, layout=layout, digest=_digest(self.config), phase=phase)
+    def save(
+        self, stage: str, step: int, common: dict[str, Any], engines: Mapping[str, Engine], phase: str = ""
+    ) -> None:
+        """Write the state after `step` steps of a stage, or inside the next one where `phase` says so.
 
-    def saved(self, stage: str) -> tuple[int, dict[str, Any]] | None:
-        """The newest state of a stage, None where it starts anew."""
+        `common` is equal on all ranks. Collective: world.
+        """
+        folder, layout = self.out / stage / "state", str(self.config.layout)
+        resume.save(folder, step, common, engines, phase, layout=layout, digest=_digest(self.config))
+
+    def saved(self, stage: str) -> Saved | None:
+        """The newest state of a stage, None where it starts anew. Collective: world."""
         if self.config.checkpoint.resume != "auto":
             return None
         return resume.load(self.out / stage / "state", layout=str(self.config.layout), digest=_digest(self.config))
 
-    def leave(self, stage: str, step: int, state: dict[str, Any], phase: str = "") -> None:
+    def leave(
+        self, stage: str, step: int, common: dict[str, Any], engines: Mapping[str, Engine], phase: str = ""
+    ) -> NoReturn:
         """Save and exit with the code that asks to be submitted again. Collective: world."""
-        self.save(stage, step, state, phase)
+        self.save(stage, step, common, engines, phase)
         inside = f", in the next one after {phase}" if phase else ""
         self.log.say(f"{stage}: stopped by a signal after step {step}{inside}, saved; run the same command to go on")
         self.log.close()

@@ -53,14 +53,13 @@ def test_three_more_steps_are_bit_equal(words: str, tmp_path: Path) -> None:
     """A new engine with the state from disk takes the same three steps as the one that never stopped."""
     first = role(words)
     train(first, range(3))
-    resume.save(tmp_path, 3, first.state(), **FACTS)
+    resume.save(tmp_path, 3, {}, {"policy": first}, **FACTS)
     expected = train(first, range(3, 6))
     again = role(words)
     found = resume.load(tmp_path, **FACTS)
     assert found is not None
-    step, state = found
-    assert step == 3
-    again.restore(state)
+    assert found.step == 3
+    found.fill({"policy": again})
     assert train(again, range(3, 6)) == expected
     assert tiny.equal(tiny.weights(again.network), tiny.weights(first.network))
     assert tiny.equal(averaged(again), averaged(first))
@@ -73,12 +72,12 @@ def test_a_state_that_is_not_whole_is_seen(fault: str, tmp_path: Path) -> None:
     """One step count for all parameters, lost moments or a lost count of updates leave the trajectory."""
     first = role("tp2 pp2")
     train(first, range(3))
-    resume.save(tmp_path, 3, first.state(), **FACTS)
+    resume.save(tmp_path, 3, {}, {"policy": first}, **FACTS)
     expected = train(first, range(3, 6))
     again = role("tp2 pp2")
     found = resume.load(tmp_path, **FACTS)
     assert found is not None
-    state: dict[str, Any] = found[1]
+    state: dict[str, Any] = found._roles["policy"]
     if fault == "no masks":
         state["updates"] = 0
     if fault == "no moments":
@@ -98,11 +97,11 @@ def test_every_parameter_has_its_own_step(tmp_path: Path) -> None:
     """After a restore no two parameters share a tensor, and each counts three steps."""
     first = role("tp2 pp2")
     train(first, range(3))
-    resume.save(tmp_path, 3, first.state(), **FACTS)
+    resume.save(tmp_path, 3, {}, {"policy": first}, **FACTS)
     found = resume.load(tmp_path, **FACTS)
     assert found is not None
     again = role("tp2 pp2")
-    again.restore(found[1])
+    found.fill({"policy": again})
     assert again.optimizer is not None
     for optimizer in again.optimizer.inner.chained_optimizers:
         steps = [entry["step"] for entry in optimizer.optimizer.state.values()]
@@ -117,8 +116,9 @@ def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
     assert resume.load(tmp_path, **FACTS) is None
     dist.barrier()
     for step in (1, 2):
-        resume.save(tmp_path, step, {"mine": dist.get_rank()}, **FACTS)
-    assert resume.load(tmp_path, **FACTS) == (2, {"mine": dist.get_rank()})
+        resume.save(tmp_path, step, {"said": step}, {}, **FACTS)
+    found = resume.load(tmp_path, **FACTS)
+    assert found is not None and (found.step, found.common) == (2, {"said": 2})
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
     with pytest.raises(BadInput, match="saved with layouts tp2 pp2 dp1, this run has dp4"):
         resume.load(tmp_path, layout="dp4", digest="abc")
