@@ -31,8 +31,8 @@ class Flight:
 
     @property
     def drawn(self) -> bool:
-        """Whether episodes were drawn that nothing has been learned from."""
-        return self.rollout is not None and self.minibatches == 0
+        """Whether there are episodes whose drift has not been looked at."""
+        return self.rollout is not None and self.experience is None
 
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and words alone: the newest noun holds those before it."""

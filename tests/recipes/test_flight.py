@@ -350,7 +350,7 @@ def test_what_is_in_flight_comes_back_from_plain_tensors_and_numbers(number: int
     torch.save(flight.state(), tmp_path / "flight.pt")
     again = Flight.of(torch.load(tmp_path / "flight.pt", weights_only=True))
     assert same(again, flight)
-    assert again.drawn == (flight.phase in ("generate", "score", "annotate", "credit"))
+    assert again.drawn == (flight.phase in ("generate", "score", "annotate"))
 
 
 @dataclass(frozen=True, slots=True)
