@@ -99,7 +99,7 @@ def _stages(asked: argparse.Namespace) -> tuple[str, ...]:
         return (FAULTS[asked.fault].stage,)
     chosen = asked.stages.split(",")
     if unknown := [name for name in chosen if name not in chain.VERBS]:
-        raise BadInput(f"--stages names '{unknown[0]}'; write some of {','.join(chain.VERBS)}, for example --stages ppo")
+        raise BadInput(f"--stages names '{unknown[0]}'; write some of {','.join(chain.VERBS)}, for example ppo")
     if asked.kills < len(chosen):
         raise BadInput(f"--kills {asked.kills} leaves a stage without one; write for example --kills {len(chosen)}")
     return tuple(chosen)
@@ -131,30 +131,27 @@ def _run(task: Task, reference: Reference, folder: Path, seed: int, fault: str) 
     """The kills of a task; a run that is done before all points were reached is followed by another one."""
     left = list(task.points)
     while left:
-        kills = _life(task, left, reference, folder / task.verb.name, seed, fault)
-        yield from kills
-        if any(kill.difference for kill in kills):
-            return
+        for kill in _life(task, left, reference, folder / task.verb.name, seed, fault):
+            yield kill
+            if kill.difference:
+                return
 
 
-def _life(task: Task, left: list[Point], reference: Reference, out: Path, seed: int, fault: str) -> list[Kill]:
-    """One run from its start to its end, or to its first difference. Modifies: `left`, which loses its points."""
+def _life(task: Task, left: list[Point], reference: Reference, out: Path, seed: int, fault: str) -> Iterator[Kill]:
+    """The kills of one run, from its start to its end. Modifies: `left`, which loses its points."""
     chain.prepared(task.verb, reference.out, out)
     words = chain.words(task.verb.name, out, seed, task.saves)
-    kills: list[Kill] = []
     killed_at: Point | None = None
     while True:
         point = left[0] if left else None
         ended = process.launch(words, fault, out.parent, point)
         if killed_at is not None:
             difference = _difference(task.verb, out, reference, ended)
-            kills.append(Kill(task.verb.name, str(killed_at), task.saves, ended.taken_up, difference))
-            if difference:
-                return kills
+            yield Kill(task.verb.name, str(killed_at), task.saves, ended.taken_up, difference)
+        elif not ended.killed:
+            raise RuntimeError(f"{task.verb.name} ended with {ended.code} before '{point}':\n{ended.said}")
         if not ended.killed:
-            if not kills:
-                raise RuntimeError(f"{task.verb.name} ended with {ended.code} before '{point}':\n{ended.said}")
-            return kills
+            return
         killed_at = left.pop(0)
 
 

@@ -1,4 +1,4 @@
-"""A verb whose ranks say what they are doing: the program itself, with a line in a file wherever a place begins or ends.
+"""A verb whose ranks say what they are doing: the program itself, with a line in a file where a place begins or ends.
 
 python -m tools.resume.announced FILE FAULT VERB key=value ...; FAULT is a name of `faults` or -. A line is
 `<seconds of the monotonic clock> <event>`, and an event "begins PLACE", "ends PLACE", "saved STATE", "resumed STATE"

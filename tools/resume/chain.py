@@ -18,7 +18,7 @@ SETTINGS = (
     *("pretrain.steps=10", "pretrain.batch=16", "pretrain.learning.warmup=2", "sft.examples=96", "sft.batch=16"),
     *("rl_start.examples=64", "rl_start.batch=16", "rank.prompts=20", "rank.valid_prompts=8", "rank.responses_max=4"),
     *("reward.batch=4", "sampling.max_tokens=16", "ppo.iterations=3", "ppo.episodes=16", "ppo.minibatches=2"),
-    *("ppo.policy.warmup=1", "ppo.kl.adaptive=true", "evaluate.prompts=8"),
+    *("ppo.policy.warmup=1", "ppo.kl.adaptive=true", "ppo.missing_end=keep", "evaluate.prompts=8"),
 )
 PHASES, STEPS = "checkpoint.phases=true", "checkpoint.phases=false"
 EVERY = "checkpoint.every=1"

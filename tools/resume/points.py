@@ -13,6 +13,8 @@ PLACES = (
 )
 MOST = 3
 """The latest time that a launch comes to a place at which it may be killed."""
+LEAST = 0.05
+"""Seconds that a place is taken to last at least: what a kill misses of it, it finds in the next."""
 
 
 def of(events: Sequence[Event], stages: Sequence[str]) -> list[Event]:
@@ -53,7 +55,7 @@ def moments(events: Sequence[Event], number: int, chance: random.Random) -> list
 
 def _moment(place: str, lasting: dict[str, list[float]], chance: random.Random) -> Point:
     times = lasting[place]
-    delay = chance.uniform(0, median(times))
+    delay = chance.uniform(0, max(median(times), LEAST))
     return Point(f"begins {place}", chance.randint(1, min(MOST, len(times))), round(delay, 4))
 
 
