@@ -54,7 +54,7 @@ def test_a_fault_of_the_resume_is_seen(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(("--stages", "sft,rank"), "--stages names 'rank'; write some of sft,reward,ppo"), (("--kills", "2"), "--kills 2")],
+    [(("--stages", "sft,rank"), "--stages names 'rank'; write some of sft,reward,ppo"), (("--kills", "2"), "a stage")],
 )
 def test_bad_input_is_one_sentence(words: tuple[str, ...], sentence: str) -> None:
     done = verify(*words)

@@ -35,10 +35,8 @@ from benchmarks.harness import result
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.observe.log import write_json
 from tools.resume import chain, points, process, record
-from tools.resume.announced import SOUND
 from tools.resume.chain import Reference, Verb
-from tools.resume.faults import FAULTS
-from tools.resume.process import Ended, Point
+from tools.resume.process import SOUND, Ended, Point
 
 TOGETHER = 4
 """Kills by chance of one run."""
@@ -96,7 +94,7 @@ def _verify(asked: argparse.Namespace, folder: Path) -> int:
 
 def _stages(asked: argparse.Namespace) -> tuple[str, ...]:
     if asked.fault:
-        return (FAULTS[asked.fault].stage,)
+        return (chain.FAULTS[asked.fault],)
     chosen = asked.stages.split(",")
     if unknown := [name for name in chosen if name not in chain.VERBS]:
         raise BadInput(f"--stages names '{unknown[0]}'; write some of {','.join(chain.VERBS)}, for example ppo")
@@ -183,7 +181,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(chain.VERBS), help="the verbs that are killed")
     parser.add_argument("--seed", type=int, default=1, help="of the runs and of where they are killed")
     parser.add_argument("--json", type=Path, help="a file for the report")
-    parser.add_argument("--fault", choices=FAULTS, help="plant a fault that must be seen")
+    parser.add_argument("--fault", choices=chain.FAULTS, help="plant a fault that must be seen")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """A verb whose ranks say what they are doing: the program itself, with a line in a file where a place begins or ends.
 
-python -m tools.resume.announced FILE FAULT VERB key=value ...; FAULT is a name of `faults` or -. A line is
+python -m tools.resume.announced FILE FAULT VERB key=value ...; FAULT is a name of chain.FAULTS or -. A line is
 `<seconds of the monotonic clock> <event>`, and an event "begins PLACE", "ends PLACE", "saved STATE", "resumed STATE"
 or "anew STAGE", with a state written as in "ppo 1.score": stage, steps done, phase inside the next one. Rank 0 alone
 writes.
@@ -25,10 +25,10 @@ from megatron_rlhf.recipes import ppo
 from megatron_rlhf.recipes.session import Session
 from megatron_rlhf.reshard.switch import Bridge
 from megatron_rlhf.train.engine import Engine
-from tools.resume.faults import FAULTS
+from tools.resume.faults import PLANT
+from tools.resume.process import SOUND
 
 RANKS = 4
-SOUND = "-"
 
 Tell = Callable[[str], None]
 
@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     file, fault, *verb = words
     observe(teller(Path(file)) if env.rank() == 0 else lambda event: None)
     if fault != SOUND:
-        FAULTS[fault].plant()
+        PLANT[fault]()
     return cli.main(verb)
 
 
@@ -58,7 +58,7 @@ def observe(tell: Tell) -> None:
         *((Session, "saved", "taking up"), (Session, "save", "saving"), (weights, "save", "publishing")),
     ):
         _around(owner, name, place, tell)
-    _after(Session, "save", lambda result, run, stage, step, *rest: tell(f"saved {_state(stage, step, *rest[2:])}"))
+    _after(Session, "save", lambda result, run, stage, step, *rest: tell(f"saved {_state(stage, step, *rest[2:3])}"))
     _after(Session, "saved", lambda found, run, stage: tell(_taken_up(stage, found)))
 
 
@@ -86,8 +86,8 @@ def _after(owner: Any, name: str, then: Callable[..., None]) -> None:
     function = getattr(owner, name)
 
     @wraps(function)
-    def told(*arguments: Any) -> Any:
-        result = function(*arguments)
+    def told(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
         then(result, *arguments)
         return result
 

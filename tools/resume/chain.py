@@ -10,8 +10,7 @@ from pathlib import Path
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.observe.log import write_json
 from tools.resume import process
-from tools.resume.announced import SOUND
-from tools.resume.process import Event
+from tools.resume.process import SOUND, Event
 
 SETTINGS = (
     *("model.layers=2", "model.hidden=64", "reward_model.layers=2", "reward_model.hidden=64"),
@@ -38,6 +37,10 @@ VERBS = {
     "reward": Verb("reward", ("reward",), ("data", "sft/weights")),
     "ppo": Verb("ppo", ("ppo",), ("data", "rl_start/weights", "reward/weights")),
 }
+
+
+FAULTS = {"rng": "sft", "cursor": "ppo", "average": "ppo", "shared-step": "reward"}
+"""What a resume may get wrong (tools/resume/faults.py), and a stage whose result depends on it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -13,15 +12,6 @@ from megatron_rlhf.checkpoint.resume import Saved
 from megatron_rlhf.parallel.grid import Grid
 from megatron_rlhf.recipes.session import Session
 from megatron_rlhf.train.engine import Engine
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A mistake of a resume, and a stage whose result depends on what it forgets."""
-
-    what: str
-    stage: str
-    plant: Callable[[], None]
 
 
 def _rng() -> None:
@@ -78,12 +68,13 @@ def _shared_step() -> None:
     _once_filled(share)
 
 
-FAULTS = {
-    "rng": Fault("the random numbers of one axis are not restored", "sft", _rng),
-    "cursor": Fault("the data orders go on one element too late", "ppo", _cursor),
-    "average": Fault("the weight average is not saved", "ppo", _average),
-    "shared-step": Fault("Adam's step is one tensor for all parameters", "reward", _shared_step),
+PLANT: Mapping[str, Callable[[], None]] = {
+    "rng": _rng,
+    "cursor": _cursor,
+    "average": _average,
+    "shared-step": _shared_step,
 }
+"""Plants the fault of chain.FAULTS of that name into this process."""
 
 
 def _once_filled(spoil: Callable[[Mapping[str, Engine]], None]) -> None:

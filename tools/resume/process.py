@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+SOUND = "-"
+"""The fault of a launch that has none."""
 _POLL = 0.002
 _LIMIT = 600.0
 """Seconds after which a launch that neither ends nor reaches its point hangs."""
