@@ -71,7 +71,7 @@ def flat(config: Config) -> dict[str, Any]:
     return _flat(resolved(config))
 
 
-def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def _flat(settings: Mapping[Any, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in settings.items():
         key = _join(path, str(name))

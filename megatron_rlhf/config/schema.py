@@ -396,6 +396,8 @@ class Checkpoint:
 
     every: int = 0
     """Save the state every n steps or iterations; 0 only when a signal asks to stop."""
+    phases: bool = False
+    """Save the state at every phase boundary of a PPO iteration, for iterations so long that none may be lost."""
     resume: str = "auto"
     """auto goes on from the newest checkpoint of the run's folder, never starts anew."""
     pretrained: str = ""

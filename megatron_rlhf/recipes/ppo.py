@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from megatron_rlhf.observe.memory import peak_bytes
 from megatron_rlhf.observe.progress import Progress
 from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.recipes import losses, measures, session
+from megatron_rlhf.recipes.flight import Flight
 from megatron_rlhf.recipes.loop import rate
 from megatron_rlhf.recipes.session import Session
 from megatron_rlhf.reshard import grouping, switch
 from megatron_rlhf.reshard.layout import specs
-from megatron_rlhf.reshard.switch import Bridge, generating
+from megatron_rlhf.reshard.switch import Bridge, Cost, generating
 from megatron_rlhf.rollout.annotate import annotate
 from megatron_rlhf.rollout.credit import credit
 from megatron_rlhf.rollout.sample import sample
@@ -43,7 +45,8 @@ START = "rl_start"
 
 @dataclass(slots=True)
 class Run:
-    """The four roles, the bridge to the generate copy, the streams and the KL coefficient of one PPO run."""
+    """The four roles, the bridge to the generate copy, the streams and the KL coefficient of one PPO run; the iteration
+    in flight, the row of the last one and the seconds by phase of all."""
 
     session: Session
     policy: Engine
@@ -59,6 +62,10 @@ class Run:
     iteration: int = 0
     checks: dict[str, float] = field(default_factory=dict)
     drifted: bool = False
+    flight: Flight = field(default_factory=Flight)
+    began: float = field(default_factory=time.monotonic)
+    last: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def ppo(self) -> Ppo:
@@ -99,28 +106,39 @@ class Run:
 
 
 def step(run: Run) -> Stats:
-    """One iteration: episodes drawn, scored and annotated, then one update a minibatch. Collective: world."""
-    ppo, seed, clock = run.ppo, run.session.config.seed, run.session.timer
+    """One iteration: episodes drawn, scored and annotated, then one update a minibatch.
+
+    What an iteration that was stopped had made (`run.flight`) is not made again. Collective: world.
+    """
+    ppo, seed, clock, flight = run.ppo, run.session.config.seed, run.session.timer, run.flight
     sampling, end = run.session.config.sampling, run.tokenizer.end
-    prompts = run.prompts.take(ppo.episodes)
-    with clock("generate"), generating(
-        run.bridge, end=end, rows=sampling.batch, groups=sampling.groups
-    ) as generator:
-        rollout = sample(generator, prompts, sampling, seed=seed, iteration=run.iteration)
-    with clock("score"):
-        rollout = score(rollout, run.reward, ppo)
-    with clock("annotate"):
-        annotated = annotate(rollout, run.policy, run.reference, run.value, run.exact_kl())
-    measures.first_kl(run.checks, annotated, same=run.same_layout)
-    if not run.drifted and (found := measures.drifted(annotated, run.policy, run.bridge.network)):
-        run.drifted = True
-        run.session.log.say(f"{STAGE}: iteration {run.iteration}: {found}")
-    experience = credit(annotated, ppo, kl_coef=run.kl.coef)
-    stats = measures.episodes(experience) + run.judge(rollout)
+    if (rollout := flight.rollout) is None:
+        prompts = run.prompts.take(ppo.episodes)
+        with clock("generate"), generating(
+            run.bridge, end=end, rows=sampling.batch, groups=sampling.groups
+        ) as generator:
+            rollout = sample(generator, prompts, sampling, seed=seed, iteration=run.iteration)
+        reached(run, "generate", rollout=rollout)
+    if (scored := flight.scored) is None:
+        with clock("score"):
+            scored = score(rollout, run.reward, ppo)
+        reached(run, "score", scored=scored)
+    if (annotated := flight.annotated) is None:
+        with clock("annotate"):
+            annotated = annotate(scored, run.policy, run.reference, run.value, run.exact_kl())
+        reached(run, "annotate", annotated=annotated)
+    if (experience := flight.experience) is None:
+        measures.first_kl(run.checks, annotated, same=run.same_layout)
+        if not run.drifted and (found := measures.drifted(annotated, run.policy, run.bridge.network)):
+            run.drifted = True
+            run.session.log.say(f"{STAGE}: iteration {run.iteration}: {found}")
+        experience = credit(annotated, ppo, kl_coef=run.kl.coef)
+        reached(run, "credit", experience=experience, stats=measures.episodes(experience) + run.judge(scored))
 
     policy_rate, value_rate = run.rates()
-    size = ppo.episodes // ppo.minibatches
-    for minibatch in experience.minibatches(size, ppo.epochs, seed * 1_000_003 + run.iteration):
+    size, done, stats = ppo.episodes // ppo.minibatches, run.flight.minibatches, run.flight.stats
+    minibatches = experience.minibatches(size, ppo.epochs, seed * 1_000_003 + run.iteration)
+    for number, minibatch in islice(enumerate(minibatches, 1), done, None):
         with clock("value"):
             stats += run.value.accumulate(minibatch, losses.value(ppo.value_clip, ppo.normalisation))
             stats += measures.named(run.value.update(value_rate), "value")
@@ -133,9 +151,26 @@ def step(run: Run) -> Stats:
             stats += measures.named(run.policy.update(policy_rate), "policy")
             run.policy.follow(partial(average.follow, decay=ppo.average_decay), when=ppo.average_unit == "update")
         measures.first_ratio(run.checks, stats, run.session.config.model.precision)
+        reached(run, f"update{number}", minibatches=number, stats=stats)
     run.policy.follow(partial(average.follow, decay=ppo.average_decay), when=ppo.average_unit == "iteration")
     run.kl = run.kl.adapted(stats["kl"], ppo.episodes)
+    run.flight = Flight()
     return stats
+
+
+def reached(run: Run, phase: str = "", *, due: bool = False, **made: Any) -> None:
+    """A boundary behind a phase of an iteration, or behind the iteration: what was `made` joins what is in flight.
+
+    Saves where that is `due` or checkpoint.phases asks for it; exits with 75 after saving when a signal asked for it.
+    Collective: world.
+    """
+    run.flight = replace(run.flight, phase=phase, **made)
+    settings = run.session.config.checkpoint
+    if run.session.stopping():
+        run.session.leave(STAGE, run.iteration, _put_down(run), run.learners, phase)
+    if due or settings.phases:
+        metrics = None if phase else run.last
+        run.session.save(STAGE, run.iteration, _put_down(run), run.learners, phase, metrics)
 
 
 def run(config: Config) -> None:
@@ -150,28 +185,24 @@ def train(run: Session) -> dict[str, float]:
 
     Exits with 75 after saving when a signal asked for it.
     """
-    ppo = prepared(run)
-    measured = _take_up(ppo)
-    last: dict[str, float] = {}
+    ppo, every = prepared(run), run.config.checkpoint.every
+    _take_up(ppo)
     with Progress(run.first, ppo.ppo.iterations, STAGE, done=ppo.iteration) as progress:
         while ppo.iteration < ppo.ppo.iterations:
-            began = time.monotonic()
+            ppo.began = time.monotonic() - ppo.flight.elapsed
             stats = step(ppo)
             ppo.iteration += 1
-            last = {**stats.means(), "kl_coef": ppo.kl.coef}
+            ppo.last = {**stats.means(), "kl_coef": ppo.kl.coef}
             seconds = {name: round(value, 3) for name, value in run.timer.take().items()}
-            measured = {name: measured.get(name, 0.0) + value for name, value in seconds.items()}
-            tokens_per_second = stats["tokens"] / (time.monotonic() - began)
-            row = {**last, **switched(ppo), "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
+            ppo.measured = {name: ppo.measured.get(name, 0.0) + value for name, value in seconds.items()}
+            tokens_per_second = stats["tokens"] / (time.monotonic() - ppo.began)
+            row = {**ppo.last, **switched(ppo), "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
             run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
-            progress.advance(f"score {last['score']:.3f}, KL {last['kl']:.3f}, drift {last['drift']:.6f}")
-            if run.stopping():
-                run.leave(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners)
-            if run.config.checkpoint.every and ppo.iteration % run.config.checkpoint.every == 0:
-                run.save(STAGE, ppo.iteration, _put_down(ppo, measured), ppo.learners, metrics=last)
+            progress.advance("score {score:.3f}, KL {kl:.3f}, drift {drift:.6f}".format(**ppo.last))
+            reached(ppo, due=bool(every) and ppo.iteration % every == 0)
     run.settle()
-    _publish(ppo, last)
-    return {**last, **ppo.checks}
+    _publish(ppo)
+    return {**ppo.last, **ppo.checks}
 
 
 def prepared(run: Session) -> Run:
@@ -233,10 +264,10 @@ def _loaded(run: Session, network: Network, stage: str) -> Network:
     return network
 
 
-def _publish(run: Run, last: dict[str, float]) -> None:
+def _publish(run: Run) -> None:
     """Write the weights that evaluation reads, the average or the live ones, and say which. Collective: world."""
     folder = run.session.weights(STAGE)
-    extra = {"iterations": run.iteration, "checks": run.checks, "last": last, "reshard": switched(run)}
+    extra = {"iterations": run.iteration, "checks": run.checks, "last": run.last, "reshard": switched(run)}
     if run.ppo.evaluate_average:
         with run.policy.averaged():
             weights.save(run.policy.network, folder, {"which": "average", **extra})
@@ -244,28 +275,42 @@ def _publish(run: Run, last: dict[str, float]) -> None:
         weights.save(run.policy.network, folder, {"which": "live", **extra})
 
 
-def _put_down(run: Run, measured: dict[str, float]) -> dict[str, Any]:
-    """What is equal on all ranks; the rest of the state is in `run.learners`."""
+def _put_down(run: Run) -> dict[str, Any]:
+    """What is equal on all ranks, but for clocks and the judge's word, which are rank 0's; the rest of the state is in
+    `run.learners`."""
+    seconds, elapsed = dict(run.session.timer.seconds), time.monotonic() - run.began
     return {
         "prompts": run.prompts.state(),
         "text": run.text.state(),
         "kl_coef": run.kl.coef,
         "checks": dict(run.checks),
-        "measured": measured,
+        "drifted": run.drifted,
+        "last": dict(run.last),
+        "measured": dict(run.measured),
+        "reshard": asdict(run.bridge.cost) if run.bridge.cost else {},
+        "flight": replace(run.flight, seconds=seconds, elapsed=elapsed if run.flight.phase else 0.0).state(),
     }
 
 
-def _take_up(run: Run) -> dict[str, float]:
-    """Go on after the newest saved iteration; the seconds measured so far. Collective: world."""
+def _take_up(run: Run) -> None:
+    """Go on from the newest saved boundary, of an iteration or inside one. Collective: world."""
     saved = run.session.saved(STAGE)
     if saved is None:
-        return {}
+        return
     saved.fill(run.learners)
     run.iteration, common = saved.step, saved.common
     run.prompts.restore(common["prompts"])
     run.text.restore(common["text"])
     run.kl = replace(run.kl, coef=common["kl_coef"])
-    run.checks = common["checks"]
+    run.checks, run.drifted = dict(common["checks"]), common["drifted"]
+    run.last, run.measured = dict(common["last"]), dict(common["measured"])
+    run.flight = Flight.of(common["flight"])
+    run.session.timer.seconds = dict(run.flight.seconds)
+    if run.flight.drawn:
+        # What drew the episodes in flight is looked at where they drift.
+        run.bridge.load()
+        run.bridge.unload()
+    run.bridge.cost = Cost(**common["reshard"]) if common["reshard"] else None
     run.session.log.truncate_after(STAGE, run.iteration - 1)
-    run.session.log.say(f"{STAGE}: going on after iteration {run.iteration}")
-    return dict(common["measured"])
+    inside = f", in the next one after {run.flight.phase}" if run.flight.phase else ""
+    run.session.log.say(f"{STAGE}: going on after iteration {run.iteration}{inside}")

@@ -159,7 +159,7 @@ class Session:
 
         Collective: world.
         """
-        inside = f", in phase {phase} of the next" if phase else ""
+        inside = f", in the next one after {phase}" if phase else ""
         try:
             self._keeper(stage).save(step, common, engines, phase, wait=True)
         except SaveFailed as error:
