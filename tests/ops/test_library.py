@@ -1,7 +1,8 @@
 """Proves that the kernels are found or their absence explained, that torch.compile accepts the ops, and that setup.py
 builds what it can and says why not the rest, with no compiler at all too.
 
-Not proved here: a build with CUDA, and loading under other versions of torch.
+Not proved here: whole installations (test_install.py), and loading under other versions of torch
+(csrc/test_other_torch.py).
 """
 
 from __future__ import annotations
