@@ -56,6 +56,8 @@ def convert(asked: argparse.Namespace) -> Card:
     """What was written. Raises BadInput."""
     if asked.layout and asked.to not in LAID_OUT:
         raise BadInput(f"--layout is for {' and '.join(LAID_OUT)}: {asked.to} is read under every layout; leave it out")
+    if asked.shard_gib is not None and not 0 < asked.shard_gib < 1 << 20:
+        raise BadInput(f"--shard-gib {asked.shard_gib:g} must be above 0; write for example --shard-gib 5")
     if asked.shard_gib is not None and asked.to != "hf":
         raise BadInput("--shard-gib is the size of Hugging Face's files; leave it out")
     fresh = asked.fresh_head is not None
@@ -74,7 +76,7 @@ def convert(asked: argparse.Namespace) -> Card:
 
 def _tokenizer(folder: Path | None) -> dict[str, bytes] | None:
     files = tokenizer_files.collect(folder) if folder else None
-    if files == {}:
+    if files is not None and not tokenizer_files.complete(files):
         raise BadInput(f"{folder} holds no tokenizer; write --tokenizer FOLDER with one")
     return files
 
@@ -83,7 +85,7 @@ def told(target: Path, to: str, card: Card) -> str:
     """What is at `target` now, and the words that use it."""
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
     said = [f"{target}: a {card.role} model of {len(card.shapes())} tensors in {card.model.precision}, {size:,} bytes"]
-    if not card.tokenizer:
+    if not tokenizer_files.complete(card.tokenizer):
         said.append("the source has no tokenizer: --tokenizer FOLDER takes one along")
     if to == "weights":
         use = f"model={target / weights.MODEL} checkpoint.pretrained={target}"

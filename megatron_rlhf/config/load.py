@@ -149,7 +149,7 @@ def _settings(section: str, path: Path) -> list[tuple[str, str]]:
     """The settings of a file such as the model.yaml beside converted weights, as words of `section`."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
-    except (OmegaConfBaseException, YAMLError, UnicodeError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeError, OSError) as error:
         raise BadInput(f"{path} is no YAML of settings: {_sentence(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} is no file of settings; write {section}={choices('model')[0]}, or a file's path")

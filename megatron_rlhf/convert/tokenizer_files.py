@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ def collect(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def complete(files: Collection[str]) -> bool:
+    """Whether the named files make a tokenizer."""
+    return any(all(name in files for name in kind) for kind in KINDS)
+
+
 def put(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write them into `folder`."""
     for name, data in files.items():
@@ -49,7 +54,7 @@ def for_hugging_face(folder: Path) -> dict[str, Any]:
 
     A bare tokenizer.model gets the tokenizer_config.json that says which of transformers' classes reads it.
     """
-    if not any(all((folder / name).is_file() for name in kind) for kind in KINDS):
+    if not complete([path.name for path in folder.iterdir()]):
         return {"bos_token_id": None, "eos_token_id": None}
     try:
         tokenizer = Tokenizer.load(folder)

@@ -60,7 +60,9 @@ def publish(path: Path, family: str, *, head: str = "ForCausalLM", shards: int =
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = 0.2 if name.endswith(("lm_head.weight", "score.weight", "wte.weight")) else 0.08
+            head = name.endswith(("lm_head.weight", "score.weight", "wte.weight"))
+            head = head or (config.tie_word_embeddings and name.endswith("embed_tokens.weight"))
+            spread = 0.2 if head else 0.08
             mean = 1.0 if "norm.weight" in name or ".ln_" in name and name.endswith("weight") else 0.0
             parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) * spread)
         rows = _rows(generator)
