@@ -189,6 +189,18 @@ def test_a_key_a_layer_with_any_prefix(style: str, tmp_path: Path) -> None:
     assert source.missing() == ["decoder.layers.2.mlp.linear_fc2.weight"]
 
 
+def test_one_piece_may_hold_every_layer(tmp_path: Path) -> None:
+    """Layers stacked into one piece, as a writer without Megatron's shards has them."""
+    expected = tiny.tensors(Card(LLAMA))
+    state: dict[str, Any] = {}
+    for name, tensor in expected.items():
+        key, layer = megatron.megatron_names.stacked(name)
+        state[key] = [*state.get(key, []), tensor] if layer is not None else tensor
+    stacked = {key: torch.stack(value) if isinstance(value, list) else value for key, value in state.items()}
+    source = megatron.open_source(saved_by_torch(tmp_path / "out", stacked, LLAMA))
+    assert tiny.same(tiny.everything(source), expected)
+
+
 def test_the_vocabulary_is_what_the_settings_say(tmp_path: Path) -> None:
     """Padded rows are dropped, and fewer rows than tokens are refused; without settings a YAML says the model."""
     card = Card(GPT)
