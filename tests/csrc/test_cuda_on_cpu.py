@@ -40,6 +40,11 @@ MORE_FAULTS = {
     "a vector too many": ("logprob", "device/row.cuh", "if (i >= cut.vectors)", "if (i > cut.vectors)"),
     "a vector too few": ("logprob", "device/row.cuh", "if (i >= cut.vectors)", "if (i + 1 >= cut.vectors)"),
     "an offset of 32 bits": ("logprob", "logprob/logprob.cuh", "row * slice.stride", "int(row * slice.stride)"),
+    "a reference's offset of 32 bits": (
+        "logprob", "logprob/logprob.cuh", "row * reference_stride", "int(row * reference_stride)",
+    ),
+    "a gradient's offset of 32 bits": ("logprob", "logprob/logprob.cuh", "row * out_stride", "int(row * out_stride)"),
+    "a draw's offset of 32 bits": ("sample", "sample/sample.cuh", "row * slice.stride", "int(row * slice.stride)"),
     "head forgotten": ("logprob", "device/row.cuh", "if (thread < head) visit(thread);", ""),
     "alignment off by one": ("logprob", "device/row.cuh", "kWidth - past) %", "kWidth - past + 1) %"),
     "alignment of the gradient ignored": ("logprob", "logprob/logprob.cuh", "aligned(out + cut.head)", "true"),
