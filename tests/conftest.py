@@ -1,10 +1,16 @@
-"""Order of the tests and the end of the grid's processes."""
+"""Order of the tests, the end of the grid's processes, and the device of the tests of operators."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.helpers import grid
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/ops tests/gpu tests/parallel --device cuda` runs the operators' tests on a GPU."""
+    help_text = "where the tests of operators compute; without a GPU those of cuda are skipped"
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help=help_text)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
