@@ -63,7 +63,7 @@ MORE_FAULTS = {
     "wrong scale": ("logprob", "device/mass.cuh", "1.4426950408889634", "1.4427"),
     "inf - inf": ("logprob", "device/mass.cuh", "largest == -INFINITY ? 0 : largest", "largest"),
     "0 * inf in Z": ("logprob", "logprob/logprob.cuh", "fmaxf(d, -256.0f)", "d"),
-    "0 * inf in D": ("logprob", "logprob/logprob.cuh", "product(policy.weigh(d), ", "policy.weigh(d) * ("),
+    "0 * inf in D": ("logprob", "logprob/logprob.cuh", "product(batch.policy.weigh(d), ", "batch.policy.weigh(d) * ("),
     "0 * inf in the gradient": ("logprob", "logprob/logprob.cuh", "p == 0 ? 0 : ", ""),
     "ignored rows read": ("logprob", "logprob/logprob.cuh", "if (targets[row] < 0) return clear", "if (false) clear"),
     "padding not cleared": ("logprob", "logprob/logprob.cuh", "  clear(out + slice.columns", "  if (false) clear(out"),
