@@ -25,7 +25,7 @@ Numbers = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Logits, a near reference, targets, and the gradients of log-prob, entropy and KL."""
+    """Logits, a near reference, targets, and gradients of log-prob, entropy and KL that add up to 1 a row."""
 
     logits_NV: Tensor
     reference_NV: Tensor
@@ -48,6 +48,7 @@ def draw(columns: int, dtype: torch.dtype, temperature: float = 1.0, offset: flo
     reference = logits + 0.2 * torch.randn(ROWS, columns, generator=source)
     targets = torch.randint(0, columns, (ROWS,), generator=source)
     grads = torch.randn(3, ROWS, generator=source)
+    grads /= grads.abs().sum(0)
     if holes:
         targets[IGNORED], logits[IGNORED], reference[IGNORED] = -100, torch.nan, torch.inf
         targets[ABSENT] -= targets[ABSENT] % 2
