@@ -79,7 +79,9 @@ def test_error_and_agreement_of_every_split(path: str, columns: int, dtype: torc
     groups = {1: None, 2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
     case = softmax.draw(columns, dtype, temperature)
     padding = (0, -columns % 4 + 4)
-    logits, reference = (torch.nn.functional.pad(x, padding, value=torch.nan) for x in (case.logits_NV, case.reference_NV))
+    logits, reference = (
+        torch.nn.functional.pad(x, padding, value=torch.nan) for x in (case.logits_NV, case.reference_NV)
+    )
     found: dict[int, Numbers] = {}
     for tp, group in groups.items():
         width, place = logits.shape[1] // tp, dist.get_rank() % tp
