@@ -8,7 +8,7 @@ from tests.helpers import grid
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`pytest tests/ops tests/gpu tests/parallel --device cuda` runs the operators' tests on a GPU."""
+    """`pytest tests/ops tests/gpu --device cuda` runs the operators' tests on a GPU."""
     help_text = "where the tests of operators compute; without a GPU those of cuda are skipped"
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help=help_text)
 
