@@ -41,7 +41,10 @@ MORE_FAULTS = {
     "a vector too few": ("logprob", "device/row.cuh", "if (i >= cut.vectors)", "if (i + 1 >= cut.vectors)"),
     "an offset of 32 bits": ("logprob", "logprob/logprob.cuh", "row * slice.stride", "int(row * slice.stride)"),
     "a reference's offset of 32 bits": (
-        "logprob", "logprob/logprob.cuh", "row * reference_stride", "int(row * reference_stride)",
+        "logprob",
+        "logprob/logprob.cuh",
+        "row * reference_stride",
+        "int(row * reference_stride)",
     ),
     "a gradient's offset of 32 bits": ("logprob", "logprob/logprob.cuh", "row * out_stride", "int(row * out_stride)"),
     "a draw's offset of 32 bits": ("sample", "sample/sample.cuh", "row * slice.stride", "int(row * slice.stride)"),

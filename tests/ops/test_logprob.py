@@ -191,7 +191,7 @@ def test_offsets_beyond_two_to_the_31(path: str, device: str, stride: int) -> No
 
 
 def test_more_than_two_to_the_31_logits(path: str, device: str) -> None:
-    """[N, V] side by side with N V > 2^31, of which a CPU touches the first, middle and last rows: the rest is ignored."""
+    """[N, V] side by side with N V > 2^31: first, middle and last row are read, the others are ignored."""
     columns = 50304
     rows = 2**31 // columns + 7
     whole = _far(1, 1, rows * columns, device).view(rows, columns)

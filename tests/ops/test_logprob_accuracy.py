@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers import softmax
 
+
 @pytest.mark.parametrize("columns", softmax.SIZES)
 @pytest.mark.parametrize("dtype", softmax.DTYPES)
 @pytest.mark.parametrize(("temperature", "offset"), [(1.0, 0.0), (0.7, 0.0), (1.0, 40.0)])

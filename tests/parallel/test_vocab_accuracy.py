@@ -1,7 +1,7 @@
 """Proves how exact log-prob, entropy, exact KL and their gradients are over a vocabulary that is held whole or split
 over two or four ranks: at most twice the error of eager code on the whole logits in float32, against float64, at real
-widths, in every dtype, with ignored rows, absent words and padding; that the splits agree to 5e-7 max(1, |x|), and
-that every rank has the same bits.
+widths, in every dtype, with ignored rows, absent words and padding; that the splits agree to 5e-7 max(1, |x|), their
+gradients to 1e-6, and that every rank has the same bits.
 
 Not proved here: NCCL; ranges and extreme logits (test_vocab_ranges.py).
 """
@@ -71,7 +71,8 @@ def _whole(answers: Numbers, tp: int, columns: int) -> Numbers:
 def test_error_and_agreement_of_every_split(path: str, columns: int, dtype: torch.dtype, temperature: float) -> None:
     """16-bit logits give the numbers of the same logits in float32, and their gradients are those, rounded once.
 
-    The agreement of gradients is per unit of the gradients that come in: those of a row add up to 1.
+    Gradients, of incoming ones that add up to 1 a row, agree to 1e-6: they feel a last digit of ln S up to (1 + H) / T
+    times.
     """
     if path == "kernels" and not library.loaded():
         pytest.skip(library.WHY_NOT)
@@ -79,7 +80,9 @@ def test_error_and_agreement_of_every_split(path: str, columns: int, dtype: torc
     groups = {1: None, 2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
     case = softmax.draw(columns, dtype, temperature)
     padding = (0, -columns % 4 + 4)
-    logits, reference = (torch.nn.functional.pad(x, padding, value=torch.nan) for x in (case.logits_NV, case.reference_NV))
+    logits, reference = (
+        torch.nn.functional.pad(x, padding, value=torch.nan) for x in (case.logits_NV, case.reference_NV)
+    )
     found: dict[int, Numbers] = {}
     for tp, group in groups.items():
         width, place = logits.shape[1] // tp, dist.get_rank() % tp
@@ -99,7 +102,8 @@ def test_error_and_agreement_of_every_split(path: str, columns: int, dtype: torc
         for name, x in answers.items():
             one = found[1][name]
             apart = ((x - one).abs() / one.abs().clamp(min=1)).max()
-            assert apart <= 5e-7, f"{name} under tp{tp} is {apart:.2e} from tp1"
+            limit = 1e-6 if name.startswith("gradient") else 5e-7
+            assert apart <= limit, f"{name} under tp{tp} is {apart:.2e} from tp1"
 
 
 @on_grid(4)

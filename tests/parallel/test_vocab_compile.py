@@ -1,5 +1,5 @@
-"""Proves that torch.compile takes log-prob, entropy and exact KL of a whole vocabulary, forward and backward through the
-autograd function, as one graph without a break, on kernels and references alike, with the same numbers.
+"""Proves that torch.compile takes log-prob, entropy and exact KL of a whole vocabulary, forward and backward through
+the autograd function, as one graph without a break, on kernels and references alike, with the same numbers.
 
 Not proved here: a vocabulary that is split (its all-gather); log-probs straight from hidden states as one graph: how
 many rows have a target decides their shapes, so the graph breaks there. Speed.

@@ -1,7 +1,8 @@
 """Proves what is computed over a split vocabulary besides log-probs: the exact KL, draws, and log-probs straight from
 hidden states; that every split agrees, and that the gradients are the numerical ones.
 
-Not proved here: errors (test_vocab_accuracy.py), ranges (test_vocab_ranges.py), NCCL, Megatron-Core's own reduction of the hidden gradient, and memory (benchmarks/logprob.py).
+Not proved here: errors (test_vocab_accuracy.py), ranges (test_vocab_ranges.py), NCCL, Megatron-Core's own reduction of
+the hidden gradient, and memory (benchmarks/logprob.py).
 """
 
 from __future__ import annotations

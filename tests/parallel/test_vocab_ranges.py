@@ -1,7 +1,7 @@
 """Proves that nothing leaves its range, whatever the logits and however the vocabulary is split: log p <= 0,
 0 <= H <= ln V, KL >= 0, on random and on adversarial inputs; and that a row without any word is loud and alone.
 
-Not proved here: that slices meet over a network as they do here in one process (test_vocab_accuracy.py, test_vocab_kl.py).
+Not proved here: that slices meet over a network as they do here in one process (test_vocab_accuracy.py).
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _row(kind: str, words: int, source: torch.Generator, most: float) -> Tensor:
 def _split(logits: Tensor, reference: Tensor, targets: Tensor, tp: int, words: int, temperature: float) -> list[Tensor]:
     """Log-probs, entropy, KL and reference log-probs, of `tp` slices put together."""
     width = -(-words // tp)
-    logits, reference = (torch.nn.functional.pad(x, (0, tp * width - words), value=math.nan) for x in (logits, reference))
+    logits, reference = (
+        torch.nn.functional.pad(x, (0, tp * width - words), value=math.nan) for x in (logits, reference)
+    )
     parts = []
     for start in range(0, tp * width, width):
         at = slice(start, start + width)
