@@ -5,10 +5,11 @@
 A turn computes the log-probs (and entropies) of N rows of V logits and the gradient of the logits. Rivals: eager
 log_softmax and gather, the same with the entropy -sum p log p, torch's cross_entropy; on a GPU also torch.compile of
 the eager code, Megatron-Core's fused cross-entropy and Liger's, where they are installed. Every side is a process of
-its own with two threads; numbers are medians of its turns. Extra memory is the peak of the first turn above what the
-process held with the logits; in place, the gradient takes the logits' memory and is not in it, out of place and with
-every rival it is. The floor of the seconds: the logits read for the forward pass, read and written for the backward,
-at the bandwidth of a copy measured in the same run.
+its own with two threads; numbers are medians of its turns; seconds on a GPU lie between two events of its queue, behind
+a sweep of its cache. Extra memory is the peak of the first turn above what the process held with the logits; in place,
+the gradient takes the logits' memory and is not in it, out of place and with every rival it is. The floor of the
+seconds: the logits read for the forward pass, read and written for the backward, at the bandwidth of a copy measured in
+the same run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // The operators torch.ops.megatron_rlhf.*, on LibTorch's stable ABI: one build serves every torch from 2.10 on.
 //
-// MRLHF_CUDA links the CUDA side. A torch without CUDA still loads such a build: the one symbol of it that only a CUDA
-// torch has is weak, and nothing calls it without a CUDA tensor.
+// MRLHF_CUDA links the CUDA side. A torch without CUDA still loads such a build: the one function of it that only a CUDA
+// torch has is looked up when the first CUDA tensor comes (torch_cuda.h).
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +13,7 @@
 #include "mrlhf.h"
 
 #ifdef MRLHF_CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "torch_cuda.h"
 #endif
 
 namespace {
@@ -40,10 +40,14 @@ ScalarType real_of(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+constexpr int64_t kMost = int64_t{1} << 31;
+
 Slice slice_of(const Tensor& logits, int64_t vocab_start, int64_t columns, double temperature) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits are [N, V]");
   STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "the words of a row lie side by side");
   STD_TORCH_CHECK(columns <= logits.size(1), "there are more words than columns");
+  // a row is a block of a grid, a column an int; offsets are 64-bit
+  STD_TORCH_CHECK(logits.size(0) < kMost && logits.size(1) < kMost, "rows and columns are fewer than 2^31 each");
   return {logits.size(0), logits.stride(0), columns < 0 ? 0 : columns, logits.size(1), vocab_start, temperature};
 }
 
@@ -107,7 +111,8 @@ struct Cpu {
 struct Cuda {
   struct Where {
     explicit Where(const Tensor& on) : guard(on.get_device_index()) {
-      STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &last) == 0, "there is no CUDA stream");
+      STD_TORCH_CHECK(mrlhf::current_stream(on.get_device(), &last), "libtorch_cuda.so has no current CUDA stream");
+      mrlhf::cuda::use_device(on.get_device());
     }
     torch::stable::accelerator::DeviceGuard guard;
     void* last = nullptr;
@@ -178,6 +183,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                double lam) {
   STD_TORCH_CHECK(rewards.dim() == 2, "rewards are [B, R]");
   const int64_t rows = rewards.size(0), width = rewards.size(1);
+  STD_TORCH_CHECK(rows < kMost, "rows are fewer than 2^31");
   const auto of = [&](const Tensor& t, const char* name) {
     return static_cast<const float*>(numbers(t, rows * width, ScalarType::Float, rewards, name));
   };

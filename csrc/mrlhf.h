@@ -72,6 +72,10 @@ void gae(const float* rewards, const float* values, const float* mask, int64_t r
 
 namespace cuda {
 
+/// Kernels are launched on `device` from now on, by this thread. The CUDA runtime is linked statically: its current
+/// device is its own, and not the one that torch's runtime has set.
+void use_device(int device);
+
 /// As in `cpu`, of device memory, queued on `stream` (a cudaStream_t).
 void logprob_stats(DType dtype, const void* logits, const int64_t* targets, Slice slice, void* out_4N, void* stream);
 

@@ -11,6 +11,11 @@ namespace {
 
 constexpr int64_t kTile = 2048;
 
+/// Words summed one behind the other in a lane: longer chains of float additions would show in the last digits of S, the
+/// more the fewer lanes there are.
+template <class E>
+constexpr int64_t kChain = 16 * E::lanes;
+
 /// x = logits / T of up to kTile words, filled up with -inf to whole vectors; returns the largest that is not NaN.
 template <class E, bool kScaled>
 inline typename E::Real fill(const typename E::Stored* from, int64_t count, typename E::Real temperature,
@@ -61,14 +66,19 @@ struct Running {
 
   void add(const Real* x, int64_t count) {
     const Real from = base();
-    Vector s{}, z{};
-    for (int64_t i = 0; i < count; i += E::lanes) {
-      const Vector d = loaded<Vector>(x + i) - from, w = exponential(d);
-      s += w;
-      z += w == 0 ? Vector{} : w * d;
+    Vector all_s{}, all_z{};
+    for (int64_t start = 0; start < count; start += kChain<E>) {
+      Vector s{}, z{};
+      for (int64_t i = start; i < std::min(count, start + kChain<E>); i += E::lanes) {
+        const Vector d = loaded<Vector>(x + i) - from, w = exponential(d);
+        s += w;
+        z += w == 0 ? Vector{} : w * d;
+      }
+      all_s += s;
+      all_z += z;
     }
-    S += sum(s);
-    Z += sum(z);
+    S += sum(all_s);
+    Z += sum(all_z);
   }
 };
 

@@ -1,4 +1,4 @@
-"""Order of the tests, the end of the grid's processes, and the versions of torch to fetch."""
+"""Order of the tests, the end of the grid's processes, the operators' device, the versions of torch to fetch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from tests.helpers import grid
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """csrc/test_other_torch.py fetches what is named, and nothing by itself."""
+    """`pytest tests/ops tests/gpu --device cuda` runs the operators' tests on a GPU; csrc/test_other_torch.py fetches
+    the versions of torch that are named, and nothing by itself."""
     parser.addoption("--torch", action="append", metavar="VERSION", help="a torch to try the kernels under; repeatable")
+    help_text = "where the tests of operators compute; without a GPU those of cuda are skipped"
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help=help_text)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,8 @@ from benchmarks.harness.turns import Contestant
 from benchmarks.kernels.task import Task
 
 MIB = 2**20
+NO_GPU = Row(case="--device cuda", metric="seconds", unit="s", ours=None, rival="not run on a GPU")
+"""What a result says that was measured without a GPU."""
 Numbers = dict[str, float]
 Pairs = Sequence[tuple[str, str]]
 
@@ -72,7 +74,8 @@ def options(description: str) -> argparse.Namespace:
 
 
 def finish(found: Sequence[Row], gpu: str, path: Path | None) -> None:
-    """Prints the table and writes the file."""
+    """Prints the table and writes the file; both say so where nothing ran on a GPU."""
+    found = found if gpu else [*found, NO_GPU]
     result.show(found)
     if path:
         result.write(path, found, gpu)

@@ -32,11 +32,19 @@ struct Policy {
   __device__ __forceinline__ void add(const Vector<T> (&x)[kBatch], float base_2) {
     raise(largest_of(x, mass.largest), base_2);
     const float origin = mass.origin();
+    Policy batch = {{mass.largest, 0}, 0};  // summed apart: long chains of additions would show in the last digits
 #pragma unroll
     for (const Vector<T>& vector : x) {
 #pragma unroll
-      for (int e = 0; e < Vector<T>::kWidth; ++e) weigh((vector[e] - origin) * base_2);
+      for (int e = 0; e < Vector<T>::kWidth; ++e) batch.weigh((vector[e] - origin) * base_2);
     }
+    join(batch);
+  }
+
+  // Adds sums relative to the same largest word.
+  __device__ __forceinline__ void join(const Policy& other) {
+    mass.sum += other.mass.sum;
+    distance += other.distance;
   }
 
   // Adds a word that lies `d` from the largest, in powers of 2; gives its weight.
@@ -51,8 +59,7 @@ struct Policy {
     const float to = fmaxf(mass.largest, other.mass.largest);
     raise(to, base_2);
     other.raise(to, base_2);
-    mass.sum += other.mass.sum;
-    distance += other.distance;
+    join(other);
   }
 
   template <class T, int kBatch>
@@ -90,15 +97,23 @@ struct Pair {
   __device__ __forceinline__ void add(const Vector<T> (&x)[kBatch], const Vector<T> (&y)[kBatch], float base_2) {
     raise(Policy::largest_of(x, policy.mass.largest), Policy::largest_of(y, reference.largest), base_2);
     const float origin = policy.mass.origin(), reference_origin = reference.origin();
+    Pair batch = {{{policy.mass.largest, 0}, 0}, {reference.largest, 0}, 0};
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
 #pragma unroll
       for (int e = 0; e < Vector<T>::kWidth; ++e) {
         const float d = (x[u][e] - origin) * base_2, reference_d = (y[u][e] - reference_origin) * base_2;
-        reference.sum += power_of_2(reference_d);
-        apart += product(policy.weigh(d), d - reference_d);
+        batch.reference.sum += power_of_2(reference_d);
+        batch.apart += product(batch.policy.weigh(d), d - reference_d);
       }
     }
+    join(batch);
+  }
+
+  __device__ __forceinline__ void join(const Pair& other) {
+    policy.join(other.policy);
+    reference.sum += other.reference.sum;
+    apart += other.apart;
   }
 
   __device__ __forceinline__ void merge(Pair other, float base_2) {
@@ -106,10 +121,7 @@ struct Pair {
     const float reference_to = fmaxf(reference.largest, other.reference.largest);
     raise(to, reference_to, base_2);
     other.raise(to, reference_to, base_2);
-    policy.mass.sum += other.policy.mass.sum;
-    policy.distance += other.policy.distance;
-    reference.sum += other.reference.sum;
-    apart += other.apart;
+    join(other);
   }
 
   // Writes D, m', S'.

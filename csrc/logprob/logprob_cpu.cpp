@@ -34,18 +34,25 @@ struct RunningPair {
 
   void add(const Real* x, const Real* y, int64_t count) {
     const Real x_from = p.base(), y_from = q.base();
-    Vector s{}, z{}, d{}, q_s{};
-    for (int64_t i = 0; i < count; i += E::lanes) {
-      const Vector dx = loaded<Vector>(x + i) - x_from, dy = loaded<Vector>(y + i) - y_from, w = exponential(dx);
-      s += w;
-      z += w == 0 ? Vector{} : w * dx;
-      d += w == 0 ? Vector{} : w * (dx - dy);
-      q_s += exponential(dy);
+    Vector all_s{}, all_z{}, all_d{}, all_q{};
+    for (int64_t start = 0; start < count; start += kChain<E>) {
+      Vector s{}, z{}, d{}, q_s{};
+      for (int64_t i = start; i < std::min(count, start + kChain<E>); i += E::lanes) {
+        const Vector dx = loaded<Vector>(x + i) - x_from, dy = loaded<Vector>(y + i) - y_from, w = exponential(dx);
+        s += w;
+        z += w == 0 ? Vector{} : w * dx;
+        d += w == 0 ? Vector{} : w * (dx - dy);
+        q_s += exponential(dy);
+      }
+      all_s += s;
+      all_z += z;
+      all_d += d;
+      all_q += q_s;
     }
-    p.S += sum(s);
-    p.Z += sum(z);
-    D += sum(d);
-    q.S += sum(q_s);
+    p.S += sum(all_s);
+    p.Z += sum(all_z);
+    D += sum(all_d);
+    q.S += sum(all_q);
   }
 };
 

@@ -77,13 +77,15 @@ __device__ __forceinline__ void add(Draw& draw, const Vector<T>& words, int coun
   for (int e = 0; e < Vector<T>::kWidth; ++e) largest = e < count ? fmaxf(largest, words[e]) : largest;
   draw.mass.raise(largest, scale.base_2);
   const float origin = draw.mass.origin();
+  float sum = 0;
 #pragma unroll
   for (int e = 0; e < Vector<T>::kWidth; ++e) {
     if (e >= count) break;
     const float logit = words[e];
-    draw.mass.sum += power_of_2((logit - origin) * scale.base_2);
+    sum += power_of_2((logit - origin) * scale.base_2);
     draw.consider(__fmul_rn(logit, scale.inverse) + noise.of(column + e), logit, column + e);
   }
+  draw.mass.sum += sum;
 }
 
 template <class T>

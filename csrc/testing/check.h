@@ -1,6 +1,8 @@
 // What the tests of the kernels share: numbers, arrays at any alignment, and what is said when an expectation fails.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -91,6 +93,35 @@ class Rows {
   };
   int64_t width_, offset_, count_;
   std::unique_ptr<T, Free> all_;
+};
+
+// Two rows of zeros that begin more than 2^31 elements apart; of the memory only the touched pages exist.
+template <class T>
+class FarRows {
+ public:
+  static constexpr int64_t stride = (int64_t{1} << 31) + 8;
+
+  explicit FarRows(int64_t columns) : bytes_(sizeof(T) * (stride + columns)) {
+    constexpr int reserved = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    place_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, reserved, -1, 0);
+    if (place_ == MAP_FAILED) expect(false, "address space", 0, 0, 0, static_cast<double>(bytes_));
+  }
+  ~FarRows() {
+    if (there()) munmap(place_, bytes_);
+  }
+  FarRows(const FarRows&) = delete;
+  void operator=(const FarRows&) = delete;
+
+  bool there() const { return place_ != MAP_FAILED; }
+  T* data() { return static_cast<T*>(place_); }
+  double at(int64_t row, int64_t column) { return mrlhf::device::to_float(data()[row * stride + column]); }
+  void set(int64_t row, int64_t column, double x) {
+    mrlhf::device::round_to(static_cast<float>(x), data()[row * stride + column]);
+  }
+
+ private:
+  size_t bytes_;
+  void* place_;
 };
 
 // Runs `test` in each order of the threads.

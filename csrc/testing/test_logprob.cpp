@@ -1,6 +1,4 @@
 // Statistics and gradients of the CUDA source, run on the CPU, against loops in double. Arguments: the widths to test.
-#include <sys/mman.h>
-
 #include "check.h"
 
 namespace {
@@ -230,25 +228,35 @@ void not_a_number() {
   }
 }
 
-// A row that begins more than 2^31 elements behind the first, in memory of which only the touched pages exist.
+// A row that begins more than 2^31 elements behind the first, of logits, reference and gradient. Row r has logit 1 at
+// word 7 - r, and the reference at word 3 + r: wherever else a row is read, its sums differ.
 void far() {
   check::situation = "offsets beyond 2^31";
-  const int64_t stride = (int64_t{1} << 31) + 8, columns = 9, bytes = 2 * (stride + columns);
-  void* place = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (place == MAP_FAILED) return check::expect(false, "address space for 4 GiB", 0, 0, 0, 1);
-  auto* logits = static_cast<__nv_bfloat16*>(place);
-  const int64_t targets[] = {0, 1};
+  constexpr int64_t columns = 9;
+  check::FarRows<__nv_bfloat16> logits(columns), reference(columns);
+  if (!logits.there() || !reference.there()) return;
+  for (int64_t row = 0; row < 2; ++row) logits.set(row, 7 - row, 1), reference.set(row, 3 + row, 1);
+  const int64_t targets[] = {0, 1}, stride = logits.stride;
   const mrlhf::Slice slice{2, stride, columns, columns, 0, 1.0};
-  const float log_sum[] = {0, 0, std::log(9.0f), std::log(9.0f)}, grad[] = {1, 1};
-  float out[8];
-  mrlhf::cuda::logprob_stats(mrlhf::DType::bf16, logits, targets, slice, out, nullptr);
-  mrlhf::cuda::logprob_backward(mrlhf::DType::bf16, logits, nullptr, targets, slice, 0, log_sum, nullptr, nullptr,
-                                nullptr, grad, nullptr, nullptr, logits, stride, nullptr);
+  const auto bf16 = mrlhf::DType::bf16;
+  const double S = 1 + 8 * std::exp(-1.0), D = 1 - std::exp(-1.0), kl = D / S;
+  const float log_s = static_cast<float>(std::log(S)), log_sum[] = {1, 1, log_s, log_s};
+  const float kl_of[] = {static_cast<float>(kl), static_cast<float>(kl)}, one[] = {1, 1};
+  float out[8], both[16];
+  mrlhf::cuda::logprob_stats(bf16, logits.data(), targets, slice, out, nullptr);
+  mrlhf::cuda::logprob_kl_stats(bf16, logits.data(), reference.data(), targets, slice, stride, both, nullptr);
+  mrlhf::cuda::logprob_backward(bf16, logits.data(), reference.data(), targets, slice, stride, log_sum, nullptr, kl_of,
+                                log_sum, one, nullptr, one, logits.data(), stride, nullptr);
   for (int64_t row = 0; row < 2; ++row) {
-    near(out[2 + row], 9, 1e-5, "S", row);
-    near(mrlhf::device::to_float(logits[row * stride + row]), 8.0 / 9, 4e-3, "gradient", row, row);
+    near(out[2 + row], S, 1e-5, "S", row);
+    near(both[2 + row], S, 1e-5, "S beside a reference", row);
+    near(both[12 + row], S, 1e-5, "S of the reference", row);
+    near(both[8 + row], D, 1e-5, "D", row);
+    for (int64_t v = 0; v < columns; ++v) {
+      const double x = v == 7 - row, y = v == 3 + row, p = std::exp(x - 1) / S;
+      near(logits.at(row, v), (v == row) - p + p * (x - y - kl), 4e-3, "gradient", row, v);
+    }
   }
-  munmap(place, bytes);
 }
 
 }  // namespace

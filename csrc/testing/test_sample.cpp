@@ -70,6 +70,20 @@ void nothing() {
   }
 }
 
+// A row that begins more than 2^31 elements behind the first.
+void far() {
+  check::situation = "offsets beyond 2^31";
+  check::FarRows<__nv_bfloat16> logits(9);
+  if (!logits.there()) return;
+  logits.set(0, 3, 1), logits.set(1, 5, 2);
+  float out[10];
+  mrlhf::cuda::sample(mrlhf::DType::bf16, logits.data(), {2, logits.stride, 9, 9, 0, 1.0}, nullptr, out, nullptr);
+  for (int64_t row = 0; row < 2; ++row) {
+    near(out[2 + row], row == 0 ? 3 : 5, 0, "word", row);
+    near(out[6 + row], 1 + 8 * std::exp(-1.0 - row), 1e-5, "S", row);
+  }
+}
+
 // A word with the hash's largest and smallest bits has finite noise.
 void ends() {
   check::situation = "the ends of the noise";
@@ -90,6 +104,7 @@ int main(int count, char** words) {
   ends();
   check::in_every_order([&] {
     nothing();
+    far();
     for (int i = next + 1; i < count; ++i) {
       for (const bool greedy : {false, true}) {
         const std::string text = std::string(greedy ? "greedy" : "random") + ", V = " + words[i];

@@ -111,7 +111,7 @@ def _ignored(result_KN: Tensor, targets_N: Tensor, columns: int) -> Tensor:
 def _chunks(logits_NV: Tensor, targets_N: Tensor) -> list[slice] | list[Tensor]:
     """The rows a few at a time; on a CPU the ignored ones are left out, on a GPU finding them would stop its queue."""
     size = max(1, _CHUNK // max(1, logits_NV.shape[1]))
-    if logits_NV.device.type == "cpu" and bool((targets_N < 0).any()):
+    if logits_NV.device.type == "cpu" and not torch.compiler.is_compiling() and bool((targets_N < 0).any()):
         return list((targets_N >= 0).nonzero().squeeze(1).split(size))
     return [slice(start, start + size) for start in range(0, len(logits_NV), size)]
 

@@ -29,7 +29,7 @@ def best(logits_NV: Tensor, keys_2N: Tensor | None, *, vocab_start: int, columns
 
 def _reference(logits_NV: Tensor, keys_2N: Tensor | None, vocab_start: int, columns: int, temperature: float) -> Tensor:
     result = torch.zeros((5, len(logits_NV)), dtype=torch.float32, device=logits_NV.device)
-    result[[0, 2]] = -torch.inf
+    result[0:3:2] = -torch.inf
     if columns <= 0:
         return result
     x = logits_NV[:, :columns].float() / temperature

@@ -24,8 +24,9 @@ def gumbel(seed: int, iteration: int, sequence_B: Tensor, position_B: Tensor, vo
 
 def row_keys(seed: int, iteration: int, sequence_B: Tensor, position_B: Tensor) -> Tensor:
     """[2, B] two independent 32-bit keys a row, in int64."""
-    keys = torch.tensor(_ROWS, device=sequence_B.device)[:, None]
     sequence_B, position_B = sequence_B.long(), position_B.long()
+    # filled in on the device: copying numbers to a GPU would wait for its queue
+    keys = torch.stack([torch.full_like(sequence_B, row) for row in _ROWS])
     for word in (seed, seed >> 32, iteration, sequence_B, sequence_B >> 32, position_B):
         keys = noise.mix(keys ^ (word & noise.MASK))
     return keys

@@ -132,7 +132,7 @@ def _rows(
         entropy,
         inplace,
     )
-    answers = [rows.reshape(shape) for rows in found if rows is not None]
+    answers = [rows.reshape(shape) for rows in found]
     return [rows.transpose(0, 1) for rows in answers] if turned else answers
 
 
@@ -148,7 +148,7 @@ class _Rows(torch.autograd.Function):
         part: Part,
         entropy: bool,
         inplace: bool,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, ...]:
         logprobs_N, reference_N, sums = statistics(logits_NV, reference_NV, targets_N, part)
         entropy_N = sums.entropy_N if entropy else None
         ctx.save_for_backward(
@@ -158,17 +158,20 @@ class _Rows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if reference_N is not None:
             ctx.mark_non_differentiable(reference_N)
-        return logprobs_N, entropy_N, sums.kl_N, reference_N
+        # torch.compile traces no backward pass of an output that is None
+        return tuple(rows for rows in (logprobs_N, entropy_N, sums.kl_N, reference_N) if rows is not None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
         logits_NV, *given = ctx.saved_tensors
-        if all(grad is None for grad in grads_N[:3]):
+        # log-prob, then entropy where it was asked for, then KL where there is a reference
+        logprob_entropy_kl = (*grads_N, None, None)[:3]
+        if all(grad is None for grad in logprob_entropy_kl):
             return (None,) * 6
         out_NV = logits_NV.detach() if ctx.inplace else torch.empty_like(logits_NV)
         where = ctx.part.where(logits_NV.shape[1])
-        logprob.backward(logits_NV, *given, *grads_N[:3], out_NV=out_NV, **where)
+        logprob.backward(logits_NV, *given, *logprob_entropy_kl, out_NV=out_NV, **where)
         return (out_NV,) + (None,) * 5
 
 

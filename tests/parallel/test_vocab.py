@@ -1,7 +1,8 @@
 """Proves that the vocabulary-parallel log-prob and entropy are those of torch's log_softmax, gradients included, with
 padding rows of the vocabulary left out and whatever the split.
 
-Not proved here: CUDA, and speed (benchmarks); memory is only looked at through the in-place gradient.
+Not proved here: errors at real widths (test_vocab_accuracy.py), NCCL, and speed (benchmarks); memory is only looked at
+through the in-place gradient.
 """
 
 from __future__ import annotations

@@ -1,20 +1,18 @@
 """Proves what is computed over a split vocabulary besides log-probs: the exact KL, draws, and log-probs straight from
-hidden states; that every split agrees, that nothing leaves its range, and that the gradients are the numerical ones.
+hidden states; that every split agrees, and that the gradients are the numerical ones.
 
-Not proved here: CUDA, Megatron-Core's own reduction of the hidden gradient, and memory (benchmarks/logprob.py).
+Not proved here: errors (test_vocab_accuracy.py), ranges (test_vocab_ranges.py), NCCL, Megatron-Core's own reduction of
+the hidden gradient, and memory (benchmarks/logprob.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_rlhf.ops import library
@@ -97,46 +95,6 @@ def test_in_place_gradient_reuses_the_logits(path: str) -> None:
         assert torch.equal(*gradients)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(total, source)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 2**31),
-    words=st.integers(1, 80),
-    scale=st.sampled_from([0.0, 1e-6, 1.0, 30.0, 1e4]),
-    offset=st.sampled_from([0.0, -50.0, 1e3, 1e5]),
-    near=st.sampled_from([0.0, 1e-7, 1e-3, 1.0, 100.0]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    temperature=st.sampled_from([1.0, 0.7]),
-    absent=st.booleans(),
-)
-def test_nothing_leaves_its_range(
-    path: str,
-    seed: int,
-    words: int,
-    scale: float,
-    offset: float,
-    near: float,
-    dtype: torch.dtype,
-    temperature: float,
-    absent: bool,
-) -> None:
-    """log p <= 0, 0 <= H <= ln V, KL >= 0, all finite; whatever the logits, words of -inf included."""
-    logits = (_random(5, words, seed=seed) * scale + offset).clamp(-6e4, 6e4)
-    reference = (logits + _random(5, words, seed=seed + 1) * near).clamp(-6e4, 6e4).to(dtype)
-    logits = logits.to(dtype)
-    if absent and words > 1:
-        logits[:, 1::2], reference[:, 1::2] = -torch.inf, -torch.inf
-    with _path(path):
-        found = vocab.kl(
-            logits, reference, torch.zeros(5).long(), vocab_start=0, vocab_size=words, temperature=temperature
-        )
-    for answer in found:
-        assert answer.isfinite().all()
-    assert (found[0] <= 0).all() and (found[3] <= 0).all()
-    assert (found[1] >= 0).all() and (found[1].double() <= math.log(words) * (1 + 1e-7)).all()
-    assert (found[2] >= 0).all()
 
 
 def _groups() -> dict[int, dist.ProcessGroup | None]:
@@ -241,7 +199,7 @@ def test_log_probs_from_hidden_states(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_hidden_states_without_a_target(path: str) -> None:
     """No row left: zeros, and zero gradients."""
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    hidden, weight = (_random(rows, 4, dtype=torch.float32).requires_grad_() for rows in (3, 9))
     with _path(path):
         found, nothing = linear_logprobs(hidden, weight, torch.full((3,), -1), vocab_start=0, vocab_size=9)
         found.sum().backward()

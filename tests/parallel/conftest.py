@@ -1,0 +1,5 @@
+"""`device`: pytest --device cpu|cuda."""
+
+from tests.helpers.device import device
+
+__all__ = ["device"]
