@@ -10,9 +10,11 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from megatron_rlhf.observe import nemo as adapter
 from megatron_rlhf.reshard import layout as places
 from tests.helpers import checkpoints as tiny
 
+ROOT = Path(__file__).parents[2]
 GPT, LLAMA = tiny.GPT, tiny.LLAMA
 
 
@@ -394,3 +397,23 @@ def test_without_nemo_the_adapter_says_what_is_missing(monkeypatch: pytest.Monke
     monkeypatch.setattr(adapter, "installed", lambda: False)
     assert "pip install 'megatron-rlhf[nemo]'" in tiny.refused(adapter.NemoPieces, tmp_path)
     assert "pip install 'megatron-rlhf[nemo]'" in tiny.refused(adapter.Experiment, tmp_path, "ppo")
+
+
+def test_the_tool_converts_and_refuses_in_one_sentence(tmp_path: Path) -> None:
+    """tools/convert.py from NeMo to Megatron by a YAML of the model, and back."""
+    plain = written(tmp_path / "a.nemo", Card(LLAMA), tiny.tensors(Card(LLAMA)))
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(asdict(LLAMA)))
+
+    def tool(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/convert.py", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."})
+
+    model = ["--model", str(tmp_path / "model.yaml")]
+    there = tool("--from", "nemo", "--to", "megatron", str(plain), f"{tmp_path}/m", "--layout", "tp2 pp2", *model)
+    assert there.returncode == 0, there.stderr
+    back = tool("--from", "megatron", "--to", "nemo", f"{tmp_path}/m", f"{tmp_path}/b.nemo", "--dtype", "bf16")
+    assert back.returncode == 0 and "a policy model of 39 tensors in bf16" in back.stdout, back.stderr
+    assert nemo.open_source(tmp_path / "b.nemo").card.model.precision == "bf16"
+    bad = tool("--from", "megatron", "--to", "nemo", str(tmp_path), f"{tmp_path}/c.nemo")
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1) and "no Megatron checkpoint" in bad.stderr
+    assert not (tmp_path / "c.nemo").exists()
