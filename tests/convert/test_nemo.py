@@ -8,10 +8,9 @@ Not proved here: archives of NeMo's GPT collection itself, which NeMo 3 no longe
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -399,21 +398,24 @@ def test_without_nemo_the_adapter_says_what_is_missing(monkeypatch: pytest.Monke
     assert "pip install 'megatron-rlhf[nemo]'" in tiny.refused(adapter.Experiment, tmp_path, "ppo")
 
 
-def test_the_tool_converts_and_refuses_in_one_sentence(tmp_path: Path) -> None:
+def test_the_tool_converts_and_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """tools/convert.py from NeMo to Megatron by a YAML of the model, and back."""
     plain = written(tmp_path / "a.nemo", Card(LLAMA), tiny.tensors(Card(LLAMA)))
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(asdict(LLAMA)))
+    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools" / "convert.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
 
-    def tool(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "tools/convert.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."})
-
-    model = ["--model", str(tmp_path / "model.yaml")]
-    there = tool("--from", "nemo", "--to", "megatron", str(plain), f"{tmp_path}/m", "--layout", "tp2 pp2", *model)
-    assert there.returncode == 0, there.stderr
-    back = tool("--from", "megatron", "--to", "nemo", f"{tmp_path}/m", f"{tmp_path}/b.nemo", "--dtype", "bf16")
-    assert back.returncode == 0 and "a policy model of 39 tensors in bf16" in back.stdout, back.stderr
+    there = ["--from", "nemo", "--to", "megatron", str(plain), f"{tmp_path}/m", "--layout", "tp2 pp2"]
+    assert tool.main([*there, "--model", f"{tmp_path}/model.yaml"]) == 0
+    assert (
+        tool.main(["--from", "megatron", "--to", "nemo", f"{tmp_path}/m", f"{tmp_path}/b.nemo", "--dtype", "bf16"]) == 0
+    )
+    assert "a policy model of 27 tensors in bf16, 9" in capsys.readouterr().out
     assert nemo.open_source(tmp_path / "b.nemo").card.model.precision == "bf16"
-    bad = tool("--from", "megatron", "--to", "nemo", str(tmp_path), f"{tmp_path}/c.nemo")
-    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1) and "no Megatron checkpoint" in bad.stderr
-    assert not (tmp_path / "c.nemo").exists()
+    assert tool.main(["--from", "megatron", "--to", "nemo", str(tmp_path), f"{tmp_path}/c.nemo"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no Megatron checkpoint" in said and not (tmp_path / "c.nemo").exists()
+    assert tool.main(["--from", "weights", "--to", "nemo", "a", "b", "--model", "c"]) == 2
+    assert "--model is for megatron and nemo" in capsys.readouterr().err
