@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.convert import huggingface, run, tokenizer_files, weights
+from megatron_rlhf.convert import huggingface, megatron, nemo, run, tokenizer_files, weights
 from megatron_rlhf.convert.logical import ROLES, Card, Source
 from megatron_rlhf.convert.precision import DTYPES
 
-READERS: dict[str, Callable[[Path, str | None], Source]] = {
+READERS: dict[str, Callable[..., Source]] = {
     "hf": huggingface.open_source,
+    "megatron": megatron.open_source,
+    "nemo": nemo.open_source,
     "weights": weights.open_source,
 }
 WRITERS: dict[str, Callable[..., None]] = {
     "hf": huggingface.write,
+    "megatron": megatron.write,
+    "nemo": nemo.write,
     "weights": weights.write,
 }
 LAID_OUT = ("megatron", "nemo")
-"""Formats that are written under a layout."""
+"""Formats that are written under a layout, and that may not say their architecture."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -60,8 +64,11 @@ def convert(asked: argparse.Namespace) -> Card:
         raise BadInput(f"--shard-gib {asked.shard_gib:g} must be above 0; write for example --shard-gib 5")
     if asked.shard_gib is not None and asked.to != "hf":
         raise BadInput("--shard-gib is the size of Hugging Face's files; leave it out")
+    if asked.model and asked.of not in LAID_OUT:
+        raise BadInput(f"--model is for {' and '.join(LAID_OUT)}: {asked.of} says its architecture; leave it out")
     fresh = asked.fresh_head is not None
-    source = READERS[asked.of](asked.source, None if fresh else asked.role)
+    said = {"model": asked.model} if asked.model else {}
+    source = READERS[asked.of](asked.source, None if fresh else asked.role, **said)
     if fresh:
         source = run.headed(source, asked.role or "reward", asked.fresh_head)
     extra: dict[str, Any] = {}
@@ -83,7 +90,8 @@ def _tokenizer(folder: Path | None) -> dict[str, bytes] | None:
 
 def told(target: Path, to: str, card: Card) -> str:
     """What is at `target` now, and the words that use it."""
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
+    files = target.rglob("*") if target.is_dir() else [target]
+    size = sum(file.stat().st_size for file in files if file.is_file())
     said = [f"{target}: a {card.role} model of {len(card.shapes())} tensors in {card.model.precision}, {size:,} bytes"]
     if not tokenizer_files.complete(card.tokenizer):
         said.append("the source has no tokenizer: --tokenizer FOLDER takes one along")
@@ -106,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="DST", type=Path)
     parser.add_argument("--dtype", choices=list(DTYPES), help="what the weights are written in; as they are stored")
     parser.add_argument("--layout", default="", help='the layout of a distributed checkpoint, such as "tp2 pp2"')
+    parser.add_argument("--model", type=Path, metavar="FILE.yaml", help="the architecture; as the source says")
     parser.add_argument("--role", choices=ROLES, help="what the network ends in; as the source says")
     parser.add_argument("--fresh-head", type=int, metavar="SEED", help="begin a scalar head on a language model's body")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="where the tokenizer is; with the source")

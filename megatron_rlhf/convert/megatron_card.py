@@ -110,6 +110,6 @@ def _role(where: Path, said: object, scalar: bool, asked: str | None) -> str:
     if not scalar and asked != "policy":
         raise BadInput(
             f"{where}: the weights are of a language model without a scalar head, which the role {asked} ends in; "
-            "write --role policy"
+            "write --fresh-head SEED to begin one on it"
         )
     return asked

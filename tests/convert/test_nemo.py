@@ -8,11 +8,12 @@ Not proved here: archives of NeMo's GPT collection itself, which NeMo 3 no longe
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from megatron_rlhf.observe import nemo as adapter
 from megatron_rlhf.reshard import layout as places
 from tests.helpers import checkpoints as tiny
 
+ROOT = Path(__file__).parents[2]
 GPT, LLAMA = tiny.GPT, tiny.LLAMA
 
 
@@ -394,3 +396,26 @@ def test_without_nemo_the_adapter_says_what_is_missing(monkeypatch: pytest.Monke
     monkeypatch.setattr(adapter, "installed", lambda: False)
     assert "pip install 'megatron-rlhf[nemo]'" in tiny.refused(adapter.NemoPieces, tmp_path)
     assert "pip install 'megatron-rlhf[nemo]'" in tiny.refused(adapter.Experiment, tmp_path, "ppo")
+
+
+def test_the_tool_converts_and_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tools/convert.py from NeMo to Megatron by a YAML of the model, and back."""
+    plain = written(tmp_path / "a.nemo", Card(LLAMA), tiny.tensors(Card(LLAMA)))
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(asdict(LLAMA)))
+    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools" / "convert.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    there = ["--from", "nemo", "--to", "megatron", str(plain), f"{tmp_path}/m", "--layout", "tp2 pp2"]
+    assert tool.main([*there, "--model", f"{tmp_path}/model.yaml"]) == 0
+    assert (
+        tool.main(["--from", "megatron", "--to", "nemo", f"{tmp_path}/m", f"{tmp_path}/b.nemo", "--dtype", "bf16"]) == 0
+    )
+    assert "a policy model of 27 tensors in bf16, 9" in capsys.readouterr().out
+    assert nemo.open_source(tmp_path / "b.nemo").card.model.precision == "bf16"
+    assert tool.main(["--from", "megatron", "--to", "nemo", str(tmp_path), f"{tmp_path}/c.nemo"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no Megatron checkpoint" in said and not (tmp_path / "c.nemo").exists()
+    assert tool.main(["--from", "weights", "--to", "nemo", "a", "b", "--model", "c"]) == 2
+    assert "--model is for megatron and nemo" in capsys.readouterr().err
