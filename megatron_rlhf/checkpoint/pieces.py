@@ -105,6 +105,9 @@ class Stored(Protocol):
     def scaling(self) -> dict[str, Any]:
         """The role's loss scale."""
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises BadInput, alike on every rank, unless these tensors were saved whole."""
+
     def read(self, wanted: Range) -> dict[str, Tensor]:
         """The values of a range."""
 
@@ -124,12 +127,20 @@ class OnDisk:
         found: dict[str, Any] = self.shelf.file(file)[self.role]["scaling"]
         return found
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises BadInput, alike on every rank, unless these tensors were saved, in these shapes."""
+        if missing := [name for name in shapes if name not in self.index]:
+            raise BadInput(f"{self.shelf.folder} has no {', '.join(missing)} of the {self.role}")
+        for name, wanted in shapes.items():
+            entry = self.index[name]
+            saved = Split(entry["dim"], entry["blocks"]).whole_shape(entry["shape"], entry["tp"])
+            first = 1 if name in VOCABULARY else 0
+            if saved[first:] != wanted[first:]:
+                raise BadInput(f"{name} in {self.shelf.folder} is {saved}, the model wants {wanted}")
+
     def read(self, wanted: Range) -> dict[str, Tensor]:
-        """The values of a range, whatever layout wrote them. Raises BadInput where some were not saved, and for
-        another shape."""
-        entry = self.index.get(wanted.name)
-        if entry is None:
-            raise BadInput(f"{self.shelf.folder} has no {wanted.name} of the {self.role}")
+        """The values of a range, whatever layout wrote them. Raises BadInput where some were not saved."""
+        entry = self.index[wanted.name]
         if (entry["tp"] == wanted.tp or entry["dim"] is None) and tuple(entry["shape"]) == wanted.shape:
             return self._range(wanted.name, entry, wanted.tp_rank, wanted.start, wanted.stop)
         shape = tuple(entry["shape"])
@@ -141,11 +152,6 @@ class OnDisk:
             whole = split.join([shard[key].view(shape) for shard in shards])
             whole = with_rows(whole, wanted.rows) if wanted.name in VOCABULARY else whole
             part = wanted.split.part(whole, wanted.tp, wanted.tp_rank)
-            if tuple(part.shape) != wanted.shape:
-                raise BadInput(
-                    f"{wanted.name} in {self.shelf.folder} is {tuple(whole.shape)}, "
-                    f"the model wants {wanted.split.whole_shape(wanted.shape, wanted.tp)}"
-                )
             found[key] = part.reshape(-1)[wanted.start : wanted.stop]
         return found
 

@@ -182,6 +182,9 @@ class Engine:
 
     def restore(self, stored: Stored) -> None:
         """Go on from a state that any layout wrote. Raises BadInput for another model's. Collective: dp."""
+        tp = self.network.grid.layout.tp
+        entries = self.network.directory.items()
+        stored.check({name: entry.split.whole_shape(entry.shard_shape, tp) for name, entry in entries})
         self.updates, self._followed = stored.counts["updates"], stored.counts["followed"]
         if self.optimizer:
             for shard in self._held():

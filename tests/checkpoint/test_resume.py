@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import errno
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -105,6 +106,9 @@ class Faulty:
 
     def scaling(self) -> dict[str, Any]:
         return self.right.scaling()
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.right.check(shapes)
 
     def read(self, wanted: Range) -> dict[str, Tensor]:
         if self.fault == "wrong range" and wanted.start == 0 and wanted.name.endswith("linear_fc1.weight"):

@@ -204,6 +204,9 @@ class Kept:
         assert self.scale is not None
         return self.scale
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        assert shapes
+
     def read(self, wanted: Range) -> dict[str, Tensor]:
         return self.values[wanted]
 
