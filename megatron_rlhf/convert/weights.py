@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import yaml
 from torch import Tensor
 
-from megatron_rlhf.checkpoint.manifest import FILE, HEAD, manifest
+from megatron_rlhf.checkpoint import digest
+from megatron_rlhf.checkpoint import manifest as manifests
+from megatron_rlhf.checkpoint.manifest import FILE, HEAD
 from megatron_rlhf.config.load import build
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
@@ -21,7 +21,6 @@ from megatron_rlhf.convert import architecture, folder, tokenizer_files
 from megatron_rlhf.convert.logical import ROLES, Card, Tensors
 from megatron_rlhf.convert.pickled_file import PickledFile
 from megatron_rlhf.convert.precision import name_of, stored_precision
-from megatron_rlhf.observe.log import write_json
 
 MODEL = "model.yaml"
 """The architecture as the values of a `model=` file."""
@@ -55,7 +54,7 @@ class Weights:
     def __init__(self, path: Path, role: str | None = None) -> None:
         """Reads the manifest and the names in the files. Raises BadInput where they do not fit together."""
         self._path = path
-        found = manifest(path)
+        found = manifests.manifest(path)
         where = str(path / FILE)
         self._entries = {name: _entry(entry, name, where) for name, entry in _table(found, "tensors", where).items()}
         if "model" not in found:
@@ -63,9 +62,7 @@ class Weights:
         model = build(Model, found["model"], "model")
         architecture.check(model, where)
         files = {file for entry in self._entries.values() for file in entry.files}
-        for file, digest in _table(found, "digests", where, {}).items():
-            if file in files:
-                _check_digest(path / file, digest)
+        _check_digests(path, files, _table(found, "digests", where))
         self._files = {file: PickledFile(path / file) for file in sorted(files)}
         dtypes = {
             self._files[file].tensors[name][0]
@@ -113,8 +110,8 @@ def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype) -> None:
     """A folder of weights that every layout reads: whole tensors, the manifest, model.yaml and the tokenizer."""
     model = dataclasses.replace(card.model, precision=name_of(dtype))
     with folder.whole(path) as beside:
-        entries = dict(_write(beside, tensors))
-        digests = {file: _digest(beside / file) for file in sorted({entry["files"][0] for entry in entries.values()})}
+        digests: digest.Digests = {}
+        entries = dict(_write(beside, tensors, digests))
         facts = {
             "tensors": entries,
             "layout": "tp1 pp1 dp1",
@@ -123,19 +120,19 @@ def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype) -> None:
             "role": card.role,
             "digests": digests,
         }
-        write_json(beside / FILE, facts)
+        manifests.write(beside, facts)
         (beside / MODEL).write_text(yaml.safe_dump(dataclasses.asdict(model), sort_keys=False), encoding="utf-8")
         tokenizer_files.put(beside, card.tokenizer)
 
 
-def _write(beside: Path, tensors: Tensors) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Save the tensors in files of at most LARGEST_FILE; the manifest's entry of each."""
+def _write(beside: Path, tensors: Tensors, digests: digest.Digests) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Save the tensors in files of at most LARGEST_FILE; the manifest's entry of each. Modifies: digests."""
     waiting: dict[str, Tensor] = {}
     size = count = 0
     for name, tensor in tensors:
         nbytes = tensor.numel() * tensor.dtype.itemsize
         if waiting and size + nbytes > LARGEST_FILE:
-            _save(beside / _file(count), waiting)
+            digests[_file(count)] = _save(beside / _file(count), waiting)
             waiting, size, count = {}, 0, count + 1
         size += nbytes
         yield name, {"dim": None, "blocks": 1, "files": [_file(count)], "shard": list(tensor.shape)}
@@ -143,38 +140,28 @@ def _write(beside: Path, tensors: Tensors) -> Iterator[tuple[str, dict[str, Any]
         waiting[name] = tensor.clone() if tensor.untyped_storage().nbytes() != nbytes else tensor
         del tensor
         if size > LARGEST_FILE:
-            _save(beside / _file(count), waiting)
+            digests[_file(count)] = _save(beside / _file(count), waiting)
             waiting, size, count = {}, 0, count + 1
     if waiting:
-        _save(beside / _file(count), waiting)
+        digests[_file(count)] = _save(beside / _file(count), waiting)
 
 
 def _file(number: int) -> str:
     return f"part_{number}.pt"
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with path.open("wb") as stream:
-        torch.save(dict(tensors), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return digest.write(path, lambda file: torch.save(dict(tensors), cast(IO[bytes], file)))
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    found = hashlib.sha256()
-    size = 0
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 24):
-            found.update(piece)
-            size += len(piece)
-    return {"bytes": size, "sha256": found.hexdigest()}
-
-
-def _check_digest(path: Path, said: object) -> None:
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; copy the whole folder")
-    if _digest(path) != said:
-        raise BadInput(f"{path} is damaged: it is not the file that {FILE} says; copy it again")
+def _check_digests(path: Path, files: Collection[str], digests: Mapping[str, Any]) -> None:
+    """Raises BadInput where a file is not the one that was written, or nothing is said of it."""
+    for file in sorted(files):
+        said = digests.get(file)
+        if not isinstance(said, dict) or set(said) != {"bytes", "sha256"}:
+            raise BadInput(f"{path / FILE} has no digest of {file}; write the weights again with this version")
+    if found := digest.faults(path, {file: digests[file] for file in files}, digests=True):
+        raise BadInput(f"{path} is damaged: {'; '.join(found[:3])}; copy it again")
 
 
 def _table(found: Mapping[str, Any], key: str, where: str, default: object = None) -> dict[str, Any]:

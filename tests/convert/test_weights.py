@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rlhf.checkpoint import digest
+from megatron_rlhf.checkpoint import manifest as manifests
 from megatron_rlhf.checkpoint import weights as stage
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput
@@ -106,7 +108,8 @@ def test_the_model_file_is_a_choice_of_the_group(folder: Path, tmp_path: Path) -
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["seal"]
+    manifests.write(folder, manifest)
 
 
 FIRST = "embedding.word_embeddings.weight"
@@ -130,7 +133,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda found: found["tensors"].update(extra=found["tensors"][FIRST]),
         "extra is left over",
     ),
-    "a digest": (lambda found: found["digests"]["part_0.pt"].update(sha256="0"), "part_0.pt is damaged"),
+    "no digest": (lambda found: found["digests"].pop("part_0.pt"), r"has no digest of part_0\.pt"),
+    "a digest": (
+        lambda found: found["digests"]["part_0.pt"].update(sha256="0"),
+        r"part_0\.pt has another content than was written",
+    ),
 }
 
 
@@ -143,16 +150,24 @@ def test_a_manifest_that_does_not_fit_is_refused(name: str, folder: Path, tmp_pa
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
+def test_a_manifest_that_was_edited_is_refused(folder: Path) -> None:
+    """Its seal says so."""
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"layers": 4', '"layers": 5'))
+    with pytest.raises(BadInput, match="is damaged: its content is not what its seal says"):
+        weights.open_source(folder, None)
+
+
 def test_damage_is_seen_before_a_tensor_is_read(folder: Path) -> None:
     """A bit, the end, or the whole of a file."""
     path = folder / "part_1.pt"
     whole = path.read_bytes()
     for data in (whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:], b""):
         path.write_bytes(data)
-        with pytest.raises(BadInput, match=r"part_1\.pt is damaged: it is not the file that manifest\.json says"):
+        with pytest.raises(BadInput, match=r"made is damaged: part_1\.pt has "):
             weights.open_source(folder, None)
     path.unlink()
-    with pytest.raises(BadInput, match=r"part_1\.pt is missing"):
+    with pytest.raises(BadInput, match=r"made is damaged: part_1\.pt is missing"):
         weights.open_source(folder, None)
 
 
@@ -168,7 +183,6 @@ class Evil:
 
 def test_pickles_are_not_run(folder: Path, tmp_path: Path) -> None:
     """Code, tensors without their numbers, and things that are no tensors."""
-    changed(folder, lambda found: found.pop("digests") and found.update(digests={}))
     path, victim = folder / "part_0.pt", tmp_path / "victim"
     expanded = torch.zeros(1).expand(100, 32)
     for value, sentence in (
@@ -180,9 +194,11 @@ def test_pickles_are_not_run(folder: Path, tmp_path: Path) -> None:
         ({FIRST: torch.empty(3, device="meta")}, "is no dense tensor"),
     ):
         torch.save(value, path)
+        changed(folder, lambda found: found["digests"].update({path.name: digest.of(path)}))
         with pytest.raises(BadInput, match=sentence):
             weights.open_source(folder, None)
     path.write_bytes(pickle.dumps({FIRST: Evil(str(victim))}))
+    changed(folder, lambda found: found["digests"].update({path.name: digest.of(path)}))
     with pytest.raises(BadInput, match="is no file of weights"):
         weights.open_source(folder, None)
     assert not victim.exists()
