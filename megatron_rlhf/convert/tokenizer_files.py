@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.data.sentence_pieces import SentencePieces
+from megatron_rlhf.convert import tokenizer_json
+from megatron_rlhf.data.sentence_pieces import PAD, UNKNOWN, SentencePieces
 from megatron_rlhf.data.tokenizer import KINDS, SETTINGS, TRAINED, Tokenizer
 
 NAMES = (
@@ -52,7 +53,8 @@ def put(folder: Path, files: Mapping[str, bytes]) -> None:
 def for_hugging_face(folder: Path) -> dict[str, Any]:
     """The begin and end token ids that config.json names, from the tokenizer in `folder`; none where there is none.
 
-    A bare tokenizer.model gets the tokenizer_config.json that says which of transformers' classes reads it.
+    A tokenizer that `prepare` trained gets the tokenizer.json and tokenizer_config.json with which transformers reads
+    it, as it would read the bare tokenizer.model otherwise.
     """
     if not complete([path.name for path in folder.iterdir()]):
         return {"bos_token_id": None, "eos_token_id": None}
@@ -60,18 +62,22 @@ def for_hugging_face(folder: Path) -> dict[str, Any]:
         tokenizer = Tokenizer.load(folder)
     except BadInput:  # one without an end token
         return {"bos_token_id": None, "eos_token_id": None}
-    only_pieces = (folder / TRAINED).is_file() and not (folder / KINDS[0][0]).is_file()
-    if only_pieces and not (folder / SETTINGS).is_file():
+    if _trained_here(folder):
         pieces = SentencePieces(folder / TRAINED)
-        settings = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "legacy": False,
-            "clean_up_tokenization_spaces": False,
-            "bos_token": None,
+        text = tokenizer_json.of_sentencepiece((folder / TRAINED).read_bytes())
+        (folder / KINDS[0][0]).write_text(text, encoding="utf-8")
+        known = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        names = {
+            "pad_token": pieces.text(PAD),
+            "unk_token": pieces.text(UNKNOWN),
             "eos_token": pieces.text(tokenizer.end),
-            "unk_token": "<unk>",
         }
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(known | names, indent=2) + "\n", encoding="utf-8")
     return {"bos_token_id": next(iter(tokenizer.opening), None), "eos_token_id": tokenizer.end}
+
+
+def _trained_here(folder: Path) -> bool:
+    """Whether a bare tokenizer.model is one of `prepare`'s."""
+    if not (folder / TRAINED).is_file() or (folder / KINDS[0][0]).exists():
+        return False
+    return SentencePieces(folder / TRAINED).newline >= 0
