@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.convert import huggingface, run, tokenizer_files, weights
+from megatron_rlhf.convert import gguf, huggingface, run, tokenizer_files, weights
 from megatron_rlhf.convert.logical import ROLES, Card, Source
 from megatron_rlhf.convert.precision import DTYPES
 
 READERS: dict[str, Callable[[Path, str | None], Source]] = {
+    "gguf": gguf.open_source,
     "hf": huggingface.open_source,
     "weights": weights.open_source,
 }
