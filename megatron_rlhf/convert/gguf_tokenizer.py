@@ -34,7 +34,7 @@ def files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     kinds = metadata.get(f"{PREFIX}token_type", [1] * len(words))
     if not isinstance(kinds, list) or len(kinds) != len(words) or len(set(words)) != len(words):
         raise BadInput(f"{PREFIX}tokens and token_type are not one kind for each of as many different tokens")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     try:
         bpe = models.BPE({word: id for id, word in enumerate(words)}, pairs)
     except Exception as error:  # the library raises nothing narrower
