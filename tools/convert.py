@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.convert import huggingface, megatron, nemo, run, tokenizer_files, weights
+from megatron_rlhf.convert import gguf, huggingface, megatron, nemo, run, tokenizer_files, weights
 from megatron_rlhf.convert.logical import ROLES, Card, Source
 from megatron_rlhf.convert.precision import DTYPES
 
 READERS: dict[str, Callable[..., Source]] = {
+    "gguf": gguf.open_source,
     "hf": huggingface.open_source,
     "megatron": megatron.open_source,
     "nemo": nemo.open_source,

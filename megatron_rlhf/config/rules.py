@@ -339,9 +339,15 @@ def _layouts(config: Config, world: int, roles: Sequence[str]) -> Iterator[str]:
 
 def _splits(words: str, layout: Layout, name: str, model: Model) -> Iterator[str]:
     stages = layout.pp * layout.vp
+    if model.kv_heads % layout.tp:
+        yield (
+            f"{words} splits {name}.kv_heads={model.kv_heads} in {layout.tp} (tp), which does not divide it; "
+            f"write for example tp{gcd(model.kv_heads, layout.tp)} there, or {name}.kv_heads="
+            f"{_up(model.kv_heads, layout.tp)}"
+        )
     for key, number, axis, degree in (
-        ("heads", model.heads, "tp", layout.tp),
-        ("kv_heads", model.kv_heads, "tp", layout.tp),
+        # where key-value heads are split, so are the heads that share them
+        ("heads", 0 if model.kv_heads else model.heads, "tp", layout.tp),
         ("hidden", model.hidden, "tp", layout.tp),
         ("ffn", model.ffn_width, "tp", layout.tp),
         ("layers", model.layers, "pp x vp", stages),
