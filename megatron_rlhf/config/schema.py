@@ -48,6 +48,8 @@ class Model:
     """gpt (learned positions, LayerNorm, GELU, biases) or llama (rotary positions, RMSNorm, SwiGLU, no biases)."""
     kv_heads: int = 0
     """Key-value heads, each shared by heads / kv_heads query heads; 0 means as many as heads."""
+    activation: str = "gelu"
+    """gpt style: gelu, or gelu_tanh for its tanh approximation, which GPT-2 was trained with."""
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
     rope: Rope = field(default_factory=Rope)

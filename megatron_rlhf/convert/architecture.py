@@ -20,6 +20,6 @@ def check(model: Model, where: str) -> None:
             f"{where}: {model.heads} heads do not divide {model.hidden} hidden numbers, or {model.groups} key-value "
             "heads do not divide them"
         )
-    for name, words in (("style", ("gpt", "llama")), ("precision", tuple(DTYPES))):
+    for name, words in (("style", ("gpt", "llama")), ("activation", ("gelu", "gelu_tanh")), ("precision", tuple(DTYPES))):
         if getattr(model, name) not in words:
             raise BadInput(f"{where}: {name}={getattr(model, name)} is not one of {', '.join(words)}")

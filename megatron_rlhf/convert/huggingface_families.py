@@ -44,7 +44,7 @@ def _write_gpt2(model: Model) -> dict[str, Any]:
         "n_positions": model.context,
         "n_inner": model.ffn_width,
         "tie_word_embeddings": model.tied,
-        "activation_function": "gelu",
+        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else "gelu",
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_std,
     }
