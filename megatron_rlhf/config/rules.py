@@ -227,6 +227,10 @@ def _shape(name: str, model: Model) -> Iterator[str]:
             f"{name}.activation={model.activation} is of the gpt style, {name}.style=llama has SwiGLU; "
             f"write {name}.activation=gelu"
         )
+    if model.style == "gpt" and model.qkv_bias:
+        yield (
+            f"{name}.qkv_bias=true is of the llama style, {name}.style=gpt has every bias; write {name}.qkv_bias=false"
+        )
     if model.rope.high <= model.rope.low:
         yield (
             f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "

@@ -149,7 +149,14 @@ class Family:
 def normal(model: Model) -> Model:
     """The same network with every default spelled out and what it does not use at its default."""
     activation = "gelu" if model.style == "llama" else model.activation
-    return replace(model, ffn=model.ffn_width, kv_heads=model.groups, rope=_used(model), activation=activation)
+    return replace(
+        model,
+        ffn=model.ffn_width,
+        kv_heads=model.groups,
+        rope=_used(model),
+        activation=activation,
+        qkv_bias=model.qkv_bias and model.style == "llama",
+    )
 
 
 def network(settings: Settings, **fields: Any) -> Model:

@@ -76,6 +76,7 @@ def configuration(model: Model, layout: Layout, *, dropout: float = 0.0, recompu
         gated_linear_unit=llama,
         activation_func=F.silu if llama else _GELUS[model.activation],
         add_bias_linear=not llama,
+        add_qkv_bias=model.qkv_bias,
         softmax_scale=attention_factor(model.rope) * width**-0.5 if llama else None,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

@@ -88,6 +88,7 @@ BROKEN = [
     (["model.kv_heads=1"], "splits model.kv_heads=1 in 2 (tp), which does not divide it"),
     (["model.activation=relu"], "model.activation is 'relu'; it must be one of gelu, gelu_tanh"),
     (["model.style=llama", "model.activation=gelu_tanh"], "model.style=llama has SwiGLU; write model.activation=gelu"),
+    (["model.qkv_bias=true"], "model.style=gpt has every bias; write model.qkv_bias=false"),
     (["model.style=lama"], "model.style is 'lama'; it must be one of gpt, llama"),
     (["model.style=llama", "model.rope.scaling=ntk"], "must be one of none, linear, llama3, yarn"),
     (["model.style=llama", "model.rope.high=1"], "model.rope.high=1 must be above model.rope.low=1"),
