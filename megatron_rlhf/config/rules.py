@@ -33,6 +33,7 @@ _FULL_SOFTMAX = ("quickstart", "rank", "ppo", "evaluate")
 _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16", "fp16")),
     (tuple(f"{model}.style" for model in _MODELS), ("gpt", "llama")),
+    (tuple(f"{model}.activation" for model in _MODELS), ("gelu", "gelu_tanh")),
     (tuple(f"{model}.rope.scaling" for model in _MODELS), ("none", "linear", "llama3", "yarn")),
     (("compute.transformer_engine",), ("auto", "never")),
     (tuple(f"{learning}.schedule" for learning in _LEARNINGS), ("cosine", "constant")),
@@ -220,6 +221,15 @@ def _shape(name: str, model: Model) -> Iterator[str]:
         yield (
             f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
             f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
+        )
+    if model.style == "llama" and model.activation != "gelu":
+        yield (
+            f"{name}.activation={model.activation} is of the gpt style, {name}.style=llama has SwiGLU; "
+            f"write {name}.activation=gelu"
+        )
+    if model.style == "gpt" and model.qkv_bias:
+        yield (
+            f"{name}.qkv_bias=true is of the llama style, {name}.style=gpt has every bias; write {name}.qkv_bias=false"
         )
     if model.rope.high <= model.rope.low:
         yield (

@@ -48,6 +48,10 @@ class Model:
     """gpt (learned positions, LayerNorm, GELU, biases) or llama (rotary positions, RMSNorm, SwiGLU, no biases)."""
     kv_heads: int = 0
     """Key-value heads, each shared by heads / kv_heads query heads; 0 means as many as heads."""
+    activation: str = "gelu"
+    """gpt style: gelu, or gelu_tanh for its tanh approximation, which GPT-2 was trained with."""
+    qkv_bias: bool = False
+    """llama style: whether the projections to queries, keys and values have biases (Qwen2); in gpt style all have."""
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
     rope: Rope = field(default_factory=Rope)

@@ -7,6 +7,7 @@ from megatron_rlhf.config.schema import Model
 from megatron_rlhf.convert.precision import DTYPES
 
 _LAYERS, _SIZE = 1 << 14, 1 << 40
+_WORDS = {"style": ("gpt", "llama"), "activation": ("gelu", "gelu_tanh"), "precision": tuple(DTYPES)}
 
 
 def check(model: Model, where: str) -> None:
@@ -20,6 +21,6 @@ def check(model: Model, where: str) -> None:
             f"{where}: {model.heads} heads do not divide {model.hidden} hidden numbers, or {model.groups} key-value "
             "heads do not divide them"
         )
-    for name, words in (("style", ("gpt", "llama")), ("precision", tuple(DTYPES))):
+    for name, words in _WORDS.items():
         if getattr(model, name) not in words:
             raise BadInput(f"{where}: {name}={getattr(model, name)} is not one of {', '.join(words)}")

@@ -19,12 +19,13 @@ from megatron_rlhf.convert.huggingface_config import Family, Settings
 from megatron_rlhf.convert.huggingface_families import GPT2, LLAMA, MISTRAL
 from megatron_rlhf.convert.huggingface_files import INDEX, SINGLE, Folder, read_json
 from megatron_rlhf.convert.huggingface_names import Fused, fused
+from megatron_rlhf.convert.huggingface_qwen2 import QWEN2
 from megatron_rlhf.convert.logical import Card, Tensors
 from megatron_rlhf.convert.precision import DTYPES, name_of, stored_precision
 from megatron_rlhf.convert.safetensors_file import SafetensorsWriter
 from megatron_rlhf.observe.log import CONSOLE
 
-FAMILIES = (GPT2, LLAMA, MISTRAL)
+FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2)
 """What can be read; a model is written as the first of them that can express it."""
 CONFIG = "config.json"
 LARGEST_SHARD = 5 << 30

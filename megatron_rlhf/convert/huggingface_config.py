@@ -148,13 +148,21 @@ class Family:
 
 def normal(model: Model) -> Model:
     """The same network with every default spelled out and what it does not use at its default."""
-    return replace(model, ffn=model.ffn_width, kv_heads=model.groups, rope=_used(model))
+    activation = "gelu" if model.style == "llama" else model.activation
+    return replace(
+        model,
+        ffn=model.ffn_width,
+        kv_heads=model.groups,
+        rope=_used(model),
+        activation=activation,
+        qkv_bias=model.qkv_bias and model.style == "llama",
+    )
 
 
 def network(settings: Settings, **fields: Any) -> Model:
     """The Model of `fields`. Raises BadInput for one that is not its usual value and that Model cannot express."""
     known = {item.name for item in dataclasses.fields(Model)}
-    usual = {"activation": "gelu", "head_width": fields["hidden"] // fields["heads"]}
+    usual = {"head_width": fields["hidden"] // fields["heads"]}
     for name in [name for name in fields if name not in known]:
         if fields.pop(name) != usual[name]:
             raise BadInput(f"{settings.where}: only {name}={usual[name]} can be converted")

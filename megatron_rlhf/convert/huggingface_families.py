@@ -44,7 +44,7 @@ def _write_gpt2(model: Model) -> dict[str, Any]:
         "n_positions": model.context,
         "n_inner": model.ffn_width,
         "tie_word_embeddings": model.tied,
-        "activation_function": "gelu",
+        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else "gelu",
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_std,
     }
@@ -110,7 +110,8 @@ def write_rotary(model: Model) -> dict[str, Any]:
     } | write_rope(model.rope)
 
 
-_ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+"""Buffers of rotary positions that older files hold."""
 
 GPT2 = Family(
     "gpt2",
@@ -130,7 +131,7 @@ LLAMA = Family(
     names.LLAMA,
     _read_llama,
     lambda model: write_rotary(model) | {"attention_bias": False, "mlp_bias": False},
-    harmless=_ROTARY_BUFFERS,
+    harmless=ROTARY_BUFFERS,
 )
 MISTRAL = Family(
     "mistral",
@@ -139,5 +140,5 @@ MISTRAL = Family(
     names.LLAMA,
     _read_mistral,
     lambda model: write_rotary(model) | {"sliding_window": None},
-    harmless=_ROTARY_BUFFERS,
+    harmless=ROTARY_BUFFERS,
 )

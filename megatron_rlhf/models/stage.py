@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Model
@@ -20,6 +21,13 @@ from megatron_rlhf.models.norm import Norm, local_layer
 from megatron_rlhf.models.rope import Rotary, attention_factor
 from megatron_rlhf.parallel.grid import Grid
 
+
+def gelu_tanh(numbers: Tensor) -> Tensor:
+    """The tanh approximation of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2)."""
+    return F.gelu(numbers, approximate="tanh")
+
+
+_GELUS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,8 +74,9 @@ def configuration(model: Model, layout: Layout, *, dropout: float = 0.0, recompu
         normalization="RMSNorm" if llama else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=llama,
-        activation_func=F.silu if llama else F.gelu,
+        activation_func=F.silu if llama else _GELUS[model.activation],
         add_bias_linear=not llama,
+        add_qkv_bias=model.qkv_bias,
         softmax_scale=attention_factor(model.rope) * width**-0.5 if llama else None,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

@@ -150,9 +150,9 @@ def _layer(model: Model, layer: int) -> Iterator[TensorSpec]:
         name = f"decoder.layers.{layer}.{name}"
         return TensorSpec(name, shape, model.precision, Place.LAYER, layer, dim, blocks, unit)
 
-    def column(name: str, size: int, blocks: int = 1, unit: int = 1) -> Iterator[TensorSpec]:
+    def column(name: str, size: int, blocks: int = 1, unit: int = 1, bias: bool = not llama) -> Iterator[TensorSpec]:
         yield at(f"{name}.weight", size, width, dim=0, blocks=blocks, unit=unit)
-        if not llama:
+        if bias:
             yield at(f"{name}.bias", size, dim=0, blocks=blocks, unit=unit)
 
     def row(name: str, size: int, unit: int = 1) -> Iterator[TensorSpec]:
@@ -162,7 +162,7 @@ def _layer(model: Model, layer: int) -> Iterator[TensorSpec]:
 
     yield from (at(f"input_layernorm.{part}", width) for part in _norm_parts(model))
     yield from row("self_attention.linear_proj", width, unit=width // groups)
-    yield from column("self_attention.linear_qkv", groups * unit, unit=unit)
+    yield from column("self_attention.linear_qkv", groups * unit, unit=unit, bias=not llama or model.qkv_bias)
     yield from (at(f"pre_mlp_layernorm.{part}", width) for part in _norm_parts(model))
     yield from column("mlp.linear_fc1", gates * ffn, blocks=gates)
     yield from row("mlp.linear_fc2", ffn)
@@ -173,5 +173,5 @@ def _norm_parts(model: Model) -> tuple[str, ...]:
 
 
 def _llama(model: Model) -> bool:
-    """Whether there are rotary positions, RMSNorm and SwiGLU, and no bias, in place of GPT-3's."""
+    """Whether there are rotary positions, RMSNorm and SwiGLU, and no bias but `qkv_bias`, in place of GPT-3's."""
     return model.style == "llama"

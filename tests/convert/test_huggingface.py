@@ -1,6 +1,6 @@
-"""Proves that a Hugging Face folder of GPT-2, Llama or Mistral becomes weights that a tp2 pp2 network loads, computing
-what transformers computes, and comes back with every bit of every tensor; and that what cannot be expressed, and files
-that are not whole, are refused by name in one sentence.
+"""Proves that a Hugging Face folder of GPT-2, Llama, Mistral or Qwen2 becomes weights that a tp2 pp2 network loads,
+computing what transformers computes, and comes back with every bit of every tensor; and that what cannot be expressed,
+and files that are not whole, are refused by name in one sentence.
 
 Not proved here: published checkpoints; families with a file of their own (their tests are beside these).
 """
@@ -32,7 +32,7 @@ from tests.helpers.logits import all_logits
 from tests.helpers.published import VOCABULARY, Published, publish
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2, tied, 1 shard": ("GPT2", {}),
+    "gpt2, tied, 1 shard, as trained": ("GPT2", {"activation_function": "gelu_new"}),
     "gpt2, untied, 4 shards": ("GPT2", {"tie_word_embeddings": False, "shards": 4}),
     "llama, untied, 1 shard": ("Llama", {}),
     "llama, tied, 4 shards": ("Llama", {"tie_word_embeddings": True, "shards": 4}),
@@ -41,8 +41,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mistral",
         {"tie_word_embeddings": True, "num_key_value_heads": 8},
     ),
+    "qwen2, untied, 1 shard": ("Qwen2", {}),
+    "qwen2, tied, 4 shards": ("Qwen2", {"tie_word_embeddings": True, "shards": 4}),
 }
-HEADS = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}
+HEADS = {"qwen2": "Qwen2", "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": {
@@ -232,6 +234,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unscaled attention": ("GPT2", {"scale_attn_weights": False}, "scale_attn_weights=false: only true"),
     "a gate": ("Llama", {"hidden_act": "gelu"}, "hidden_act=gelu is not one of silu"),
     "a window": ("Mistral", {"sliding_window": 16}, "sliding_window=16 is not supported"),
+    "a window of some layers": ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+    "a window by layer": ("Qwen2", {"layer_types": ["sliding_attention"]}, "only full_attention in every layer"),
+    "biases of Llama": ("Llama", {"attention_bias": True}, "attention_bias=true: only false can be converted"),
     "a rope": (
         "Llama",
         {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},

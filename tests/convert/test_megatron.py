@@ -131,6 +131,7 @@ def written(folder: Path, card: Card, found: dict[str, torch.Tensor], **settings
             torch.float32,
         ),
         (replace(LLAMA, rope=Rope(scaling="yarn", factor=4.0, original_context=32)), "policy", 4, torch.float32),
+        (replace(LLAMA, qkv_bias=True), "policy", 2, torch.float32),
         (replace(LLAMA, rope=Rope(scaling="linear", factor=2.0), norm_epsilon=1e-6), "policy", 1, torch.float32),
     ],
 )
@@ -490,7 +491,9 @@ def test_what_megatrons_args_cannot_say_is_refused(tmp_path: Path) -> None:
     [
         (GPT, "policy"),
         (replace(GPT, tied=True), "reward"),
+        (replace(GPT, activation="gelu_tanh"), "policy"),
         (LLAMA, "policy"),
+        (replace(LLAMA, qkv_bias=True), "policy"),
         (replace(LLAMA, tied=True), "policy"),
         (LLAMA, "value"),
     ],

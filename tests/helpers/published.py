@@ -31,6 +31,7 @@ _ROTARY = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "GPT2": {**_GPT2, "activation_function": "gelu"},
     "Llama": _ROTARY,
+    "Qwen2": _ROTARY,
     "Mistral": {**_ROTARY, "sliding_window": None},
 }
 

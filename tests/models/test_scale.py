@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -119,6 +120,13 @@ def test_gpt_175b_is_built_on_every_coordinate_of_1024_ranks() -> None:
 def test_other_models_and_layouts(name: str, words: str, scalar: bool, parameters: int) -> None:
     """The tables' layouts, replicas beside shards, both rank orders, and scalar heads."""
     assert sweep(model(name), words, scalar) == parameters
+
+
+def test_qwens_biases_are_built_where_they_are_said_to_be() -> None:
+    """Those of queries, keys and values, of every layer, and no other."""
+    settings = replace(model("llama_tiny"), qkv_bias=True)
+    plain = sweep(replace(settings, qkv_bias=False), "tp2 pp2 sp")
+    assert sweep(settings, "tp2 pp2 sp") - plain == 4 * 16 * (8 + 2 * 4)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def gpt2() -> dict[str, Any]:
+@pytest.fixture(scope="session", params=["gelu", "gelu_new"])
+def gpt2(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Its weights by name, right-padded tokens with their lengths, and its logits at every position."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -18,7 +18,7 @@ def gpt2() -> dict[str, Any]:
         n_embd=64,
         vocab_size=100,
         n_positions=32,
-        activation_function="gelu",
+        activation_function=request.param,
         initializer_range=0.2,
     )
     generator = torch.Generator().manual_seed(2)
@@ -32,4 +32,5 @@ def gpt2() -> dict[str, Any]:
         tokens = tokens.masked_fill(~real, 0)
         logits = model(tokens, attention_mask=real.long()).logits
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return {"weights": weights, "tokens": tokens, "lengths": lengths, "logits": logits}
+    activation = "gelu" if request.param == "gelu" else "gelu_tanh"
+    return {"activation": activation, "weights": weights, "tokens": tokens, "lengths": lengths, "logits": logits}

@@ -36,7 +36,7 @@ def layout(words: str) -> Layout:
 
 
 @pytest.mark.parametrize("words", LAYOUTS)
-@pytest.mark.parametrize("model", [GPT, replace(GPT, tied=False), LLAMA, replace(LLAMA, tied=True)])
+@pytest.mark.parametrize("model", [GPT, replace(GPT, tied=False), LLAMA, replace(LLAMA, tied=True, qkv_bias=True)])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_every_element_is_held_once(model: Model, words: str, scalar: bool) -> None:
     """One chunk a tensor, one shard an element of its split dimension, but for copies, which are counted."""
@@ -95,6 +95,14 @@ def test_llama_has_no_bias_and_no_table_of_positions() -> None:
     qkv = named(LLAMA)["decoder.layers.3.self_attention.linear_qkv.weight"]
     assert (qkv.shape, qkv.unit, qkv.layer) == (((8 + 2 * 4) * 4, 32), (2 + 2) * 4, 3)
     assert named(replace(LLAMA, kv_heads=0))[qkv.name].shape == (3 * 32, 32)
+
+
+def test_qwens_biases_are_split_as_their_rows_are() -> None:
+    """One tensor a layer more than Llama, cut where the weight is cut."""
+    more = [spec for name, spec in named(replace(LLAMA, qkv_bias=True)).items() if name not in named(LLAMA)]
+    assert [spec.name for spec in more] == [f"decoder.layers.{i}.self_attention.linear_qkv.bias" for i in range(8)]
+    weight = named(LLAMA)["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert more[0].shape == weight.shape[:1] and spans(more[0], 2, 1) == spans(weight, 2, 1)
 
 
 def test_gate_and_up_are_split_each() -> None:
