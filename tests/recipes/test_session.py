@@ -51,6 +51,7 @@ def test_a_signal_ends_a_run_with_75_where_its_state_is_on_disk_and_else_with_1(
     assert failed.value.code == 1
     dist.barrier()
     assert not list((tmp_path / "sft" / "state").iterdir())
+    dist.barrier()
     with pytest.raises(SystemExit) as stopped:
         run.leave("sft", 1, {"said": "so"}, {}, "score")
     assert stopped.value.code == 75
