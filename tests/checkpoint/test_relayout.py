@@ -61,13 +61,14 @@ def train(engine: Engine, steps: range) -> list[float]:
 
 def numbers(engine: Engine) -> dict[str, torch.Tensor]:
     """Main weights, moments and average as full tensors, and every count of steps. Collective: world."""
-    held = {shard.main: shard for shard in engine._held()}
+    held = engine._held()
     found = {}
     for key in ("main", *KEYS) if engine.network.scalar else ("main", *KEYS, "average"):
-        pieces = {main: shard.piece().values[key] for main, shard in held.items()}
-        local = tiny.shards(engine, lambda main, pieces=pieces: pieces[main])
+        local = {shard.where.name: torch.zeros(shard.where.shape) for shard in held}
+        for shard in held:
+            local[shard.where.name].view(-1)[shard.where.start : shard.where.stop] = shard.piece().values[key]
         found |= {f"{key} {name}": value for name, value in tiny.gathered(engine, local).items()}
-    steps = {float(shard.piece().values["step"]) for shard in held.values()}
+    steps = {float(shard.piece().values["step"]) for shard in held}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, steps)
     return {**found, "step": torch.tensor(sorted(set().union(*gathered)))}

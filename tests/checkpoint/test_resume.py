@@ -251,6 +251,7 @@ def test_a_save_that_fails_leaves_the_last_one(place: str, rank: int, tmp_path: 
         shelf.save(2, {}, {"policy": policy}, wait=True)
     dist.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    dist.barrier()
     found = keeper(tmp_path).load()
     assert found is not None and found.step == 1
     shelf.save(2, {}, {"policy": policy}, wait=True)

@@ -51,6 +51,7 @@ def test_a_signal_ends_a_run_with_75_where_its_state_is_on_disk_and_else_with_1(
     assert failed.value.code == 1
     dist.barrier()
     assert not list((tmp_path / "sft" / "state").iterdir())
+    dist.barrier()
     with pytest.raises(SystemExit) as stopped:
         run.leave("sft", 1, {"said": "so"}, {}, "score")
     assert stopped.value.code == 75
@@ -63,7 +64,7 @@ def test_a_signal_ends_a_run_with_75_where_its_state_is_on_disk_and_else_with_1(
 def test_a_state_is_of_the_settings_that_decide_what_a_run_computes(tmp_path: Path) -> None:
     """Folders, machines, layouts, saving and the switch may differ; another learning rate or other weights may not."""
     run = surroundings(tmp_path)
-    run.pinned |= {"plan": "abc", "weights.reward": "123"}
+    run.pinned.update({"plan": "abc", "weights.reward": "123"})
     run.save("ppo", 1, {}, {}, metrics={"score": 0.5})
     run.settle()
     free = ["checkpoint.keep=3", "reshard.proof=never", "cluster.node=4", "layout.policy=dp4"]
