@@ -42,6 +42,7 @@ SETTINGS = [
     *("data.max_prompt_tokens=16", "sampling.max_tokens=8", "sampling.batch=4", "pretrain.length=16"),
     *(f"ppo.iterations={ITERATIONS}", "ppo.episodes=8", "ppo.minibatches=2", "ppo.epochs=2", "ppo.policy.warmup=1"),
     *("ppo.kl.adaptive=true", "ppo.policy.rate=1e-2", "ppo.value.rate=1e-2", "checkpoint.phases=true"),
+    "checkpoint.asynchronous=false",
 ]
 CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"}
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]
@@ -115,7 +116,7 @@ def outcome(out: Path, returned: dict[str, float]) -> Outcome:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if name not in CHANGING} for row in rows]
     manifest = json.loads((out / "ppo" / "weights" / "manifest.json").read_text())
-    del manifest["reshard"]["reshard.seconds"]
+    del manifest["reshard"]["reshard.seconds"], manifest["seal"]
     files = sorted((out / "ppo" / "weights").glob("*.pt"))
     tensors = {f"{file.stem} {name}": t for file in files for name, t in torch.load(file, weights_only=True).items()}
     # The judge speaks on rank 0 alone; what is resumed has its word everywhere.

@@ -25,7 +25,7 @@ def test_people_see_what_they_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tokenizer = SimpleNamespace(encode_prompt=lambda text: [1, 2])
     run = SimpleNamespace(data=tmp_path, tokenizer=lambda: tokenizer, weights=lambda stage: tmp_path / stage)
     (tmp_path / "prompts.test.jsonl").write_text('{"prompt": "a"}\n')
-    monkeypatch.setattr(sample.session, "start", lambda config: run)
+    monkeypatch.setattr(sample.session, "start", lambda config, *, writes: run)
     monkeypatch.setattr(sample, "answers", answers)
     words = ["experiment=quickstart", "sampling.top_k=40", "sampling.top_p=0.9", "evaluate.temperature=0.5", "seed=3"]
     with pytest.raises(InterruptedError):

@@ -21,6 +21,8 @@ SETTINGS = (
 )
 PHASES, STEPS = "checkpoint.phases=true", "checkpoint.phases=false"
 EVERY = "checkpoint.every=1"
+ON_DISK = "checkpoint.asynchronous=false"
+"""A kill "where a state has been saved" finds it there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Reference:
 def words(verb: str, out: Path, seed: int, saves: str = PHASES) -> list[str]:
     """The command's words."""
     experiment = [] if verb == "quickstart" else ["experiment=quickstart"]
-    return [verb, *experiment, f"out={out}", *SETTINGS, f"seed={seed}", EVERY, saves]
+    return [verb, *experiment, f"out={out}", *SETTINGS, f"seed={seed}", EVERY, ON_DISK, saves]
 
 
 def reference(folder: Path, seed: int) -> Reference:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"}
+CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes", "seal"}
 """What a row and a manifest say of the machine and not of the run."""
 
 Rows = Mapping[tuple[str, int], Mapping[str, Any]]
