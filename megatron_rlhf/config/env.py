@@ -1,6 +1,6 @@
 """The only reader of the environment: where this process stands in the world, as torchrun or srun says it.
 
-No variable decides what a run computes.
+No variable decides what a run computes; `compute.deterministic` sets some, for the libraries below.
 """
 
 from __future__ import annotations
@@ -87,6 +87,22 @@ def first_host(hosts: str) -> str:
 def terminal() -> bool:
     """Whether a person watches standard output on a terminal that can redraw lines."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def job() -> tuple[str, int]:
+    """The scheduler's job, "" outside one, and how many times it was started again."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+
+
+def be_deterministic() -> None:
+    """Libraries that choose algorithms by these variables take one that gives the same bits every time.
+
+    Set before CUDA and NCCL start; what a person has set already stays. Modifies: the environment.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_PROTO", "Simple")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def _has_rank() -> bool:

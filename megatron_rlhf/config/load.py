@@ -6,8 +6,6 @@ Hydra composes the YAML files under configs/; what comes out is a plain dict, an
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
@@ -67,10 +65,17 @@ def resolved(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def digest(config: Config) -> str:
-    """SHA-256 of the resolved settings: runs of equal digest are the same run, wherever their folders moved to."""
-    settings = {name: value for name, value in resolved(config).items() if name != "out"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its key, `ppo.kl.coef` and the like."""
+    return _flat(resolved(config))
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = _join(path, name)
+        found.update(_flat(value, key) if isinstance(value, Mapping) else {key: value})
+    return found
 
 
 def build(kind: type[T], values: object, path: str = "") -> T:

@@ -45,6 +45,8 @@ _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("ppo.missing_end",), ("replace", "subtract", "keep")),
     (("ppo.average_unit",), ("update", "iteration")),
     (("reshard.proof",), ("always", "never")),
+    (("checkpoint.verify",), ("digest", "size")),
+    (("checkpoint.resume",), ("auto", "never")),
 ]
 
 # (settings, the numbers they may be in words, the same as a predicate, a number that works)
@@ -62,7 +64,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
             *("rank.valid_prompts", "ppo.iterations", "ppo.episodes", "ppo.minibatches", "ppo.epochs"),
             *("ppo.pretraining_ratio", "evaluate.prompts"),
             *(f"adam.loss_scale.{count}" for count in ("growth_interval", "hysteresis", "patience")),
-            "cluster.node",
+            *("cluster.node", "checkpoint.keep"),
         ),
         "at least 1",
         lambda x: x >= 1,
@@ -119,6 +121,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
                 "rl_start.examples",
                 "rank.noise",
                 "checkpoint.every",
+                "checkpoint.keep_every",
                 "seed",
                 "reshard.node",
             ),
@@ -146,7 +149,7 @@ def check(config: Config, world: int, verb: str = "") -> None:
     else:
         across = (
             *(_shape(name, getattr(config, name)) for name in _MODELS),
-            *(_tokenizer(config), _lengths(config), _counts(config)),
+            *(_tokenizer(config), _lengths(config), _counts(config), _states(config)),
             *(_layouts(config, world, tuple(_ROLES)), _draws(config, verb)),
         )
     failures = failures or [sentence for sentences in across for sentence in sentences]
@@ -183,6 +186,23 @@ def _draws(config: Config, verb: str) -> Iterator[str]:
                     f"{key}={number} is for the verb sample alone, {verb} draws from the full softmax, which log-probs "
                     f"are of; write {key}={off}"
                 )
+
+
+def _states(config: Config) -> Iterator[str]:
+    best = config.checkpoint.best
+    if best and (len(best.split()) != 2 or best.split()[0] not in ("max", "min")):
+        yield f"checkpoint.best is '{best}'; it must be max or min and a number of log.jsonl, for example max score"
+    for key in allowed(config.checkpoint.allow):
+        try:
+            _read(config, key)
+        except AttributeError:
+            if not key.startswith("weights."):
+                yield f"checkpoint.allow names '{key}', which is no setting; name those that differ, as ppo.clip"
+
+
+def allowed(words: str) -> tuple[str, ...]:
+    """The keys that `checkpoint.allow` names, as `a,b` or `[a, b]`."""
+    return tuple(word.strip() for word in words.strip("[] ").split(",") if word.strip())
 
 
 def _shape(name: str, model: Model) -> Iterator[str]:

@@ -108,6 +108,9 @@ class Compute:
     """Whether language-model rows lie end to end in one line, each attending to itself (SFT, pretraining, its mix)."""
     pack_tokens: int = 0
     """Tokens of a packed line, 0 for the longest row; `micro_batch` counts lines."""
+    deterministic: bool = False
+    """Whether an operation without a deterministic algorithm is refused and libraries are held to theirs, so that a
+    resumed run is bit-equal on GPUs too; slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,6 +396,18 @@ class Checkpoint:
     """auto goes on from the newest checkpoint of the run's folder, never starts anew."""
     pretrained: str = ""
     """Folder of pretrained weights; empty means what `pretrain` wrote."""
+    asynchronous: bool = True
+    """Whether a state is written while the run goes on, from a copy in host memory; not the one at a signal."""
+    keep: int = 2
+    """States kept, the newest; the one before stands in where the newest is damaged."""
+    keep_every: int = 0
+    """States of every n-th step are kept too; 0 is none."""
+    best: str = ""
+    """The state that is best by a number of log.jsonl is kept too, for example max score; empty is none."""
+    verify: str = "digest"
+    """What is looked at before a state or weights are read: digest (the content of every file) or size."""
+    allow: str = ""
+    """Settings that may differ from those a state was saved with, for example ppo.clip,adam.clip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

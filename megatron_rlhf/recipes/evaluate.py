@@ -85,7 +85,7 @@ def _win_rates(golds: dict[str, list[gold.Gold]], seed: int) -> dict[str, dict[s
 def _losses(run: Session, stage: str) -> dict[str, float]:
     """Nats a token on held-out text and demonstrations: what fine-tuning cost the language model. Collective: world."""
     network = run.network(run.config.model, run.config.layout.policy)
-    weights.load(network, run.weights(stage))
+    run.fill(network, run.weights(stage))
     engine = Engine(network, roles.logprobs(), run.config.compute)
     valid = demonstrations_of(run, "valid", 256).all_rows()
     return {"pretraining": language_loss(engine, held_out_text(run)), "demonstrations": language_loss(engine, valid)}
@@ -94,6 +94,6 @@ def _losses(run: Session, stage: str) -> dict[str, float]:
 def _scores(run: Session, rollouts: dict[str, Rollout]) -> dict[str, float]:
     """The reward model's mean score. Collective: world."""
     network = run.network(run.config.reward_model, run.config.layout.reward, scalar=True)
-    weights.load(network, run.weights("reward"))
+    run.fill(network, run.weights("reward"))
     engine = Engine(network, roles.scores(), run.config.compute)
     return {name: float(engine.forward(rollout.rows).double().mean()) for name, rollout in rollouts.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rlhf.batch import Prompts, Rollout
-from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.generate.engine import Generator
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.recipes.session import Session
@@ -17,7 +16,7 @@ def answers(run: Session, folder: Path, prompts: Prompts, draw_as: Draw, max_tok
     Collective: world.
     """
     network = run.network(run.config.model, run.config.layout.generate)
-    weights.load(network, folder)
+    run.fill(network, folder)
     tokenizer, sampling = run.tokenizer(), run.config.sampling
     generator = Generator(network, end=tokenizer.end, rows=sampling.batch, groups=sampling.groups)
     return generator.sample(prompts, draw_as, max_tokens or sampling.max_tokens)

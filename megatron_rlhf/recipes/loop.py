@@ -57,10 +57,12 @@ def learn(session: Session, lesson: Lesson) -> Stats:
             if step >= lesson.steps * 9 // 10:
                 late += stats
             progress.advance(", ".join(f"{name} {stats[name]:.4g}" for name in stats.sums if name.startswith("loss.")))
-            if session.stop.requested():
+            if session.stopping():
                 session.leave(lesson.stage, step + 1, put_down(lesson.streams), {ROLE: lesson.engine})
             if session.config.checkpoint.every and (step + 1) % session.config.checkpoint.every == 0:
-                session.save(lesson.stage, step + 1, put_down(lesson.streams), {ROLE: lesson.engine})
+                engines = {ROLE: lesson.engine}
+                session.save(lesson.stage, step + 1, put_down(lesson.streams), engines, metrics=stats.means())
+    session.settle()
     return late
 
 

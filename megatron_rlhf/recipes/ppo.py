@@ -158,10 +158,11 @@ def reached(run: Run, phase: str = "", *, due: bool = False, **made: Any) -> Non
     """
     run.flight = replace(run.flight, phase=phase, **made)
     settings = run.session.config.checkpoint
-    if run.session.stop.requested():
+    if run.session.stopping():
         run.session.leave(STAGE, run.iteration, _put_down(run), run.learners, phase)
     if due or settings.phases:
-        run.session.save(STAGE, run.iteration, _put_down(run), run.learners, phase)
+        metrics = None if phase else run.last
+        run.session.save(STAGE, run.iteration, _put_down(run), run.learners, phase, metrics)
 
 
 def run(config: Config) -> None:
@@ -191,6 +192,7 @@ def train(run: Session) -> dict[str, float]:
             run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
             progress.advance("score {score:.3f}, KL {kl:.3f}, drift {drift:.6f}".format(**ppo.last))
             reached(ppo, due=bool(every) and ppo.iteration % every == 0)
+    run.settle()
     _publish(ppo)
     return {**ppo.last, **ppo.checks}
 
@@ -212,13 +214,15 @@ def prepared(run: Session) -> Run:
         reference: Engine = Lodger(learner, read, compute)
     else:
         reference = Engine(_loaded(run, run.network(config.model, layout.reference), START), read, compute)
+    bridge = switch.build(learner, run.network(config.model, _generate(run)), config.reshard)
+    run.pinned["plan"] = bridge.plan
     return Run(
         session=run,
         policy=learner,
         reference=reference,
         value=Engine(value, roles.values(), compute, adam=adam, learning=config.ppo.value, seed=seed),
         reward=Engine(reward, roles.scores(), config.compute),
-        bridge=switch.build(learner, run.network(config.model, _generate(run)), config.reshard),
+        bridge=bridge,
         prompts=PromptStream.load(
             run.data / "prompts.train.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=seed
         ),
@@ -247,7 +251,8 @@ def _generate(run: Session) -> Layout:
 
 
 def _loaded(run: Session, network: Network, stage: str) -> Network:
-    weights.load(network, run.weights(stage))
+    found = run.fill(network, run.weights(stage))
+    run.pinned[f"weights.{stage}"] = str(found.get("seal"))[:16]
     return network
 
 

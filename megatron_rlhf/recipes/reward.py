@@ -33,7 +33,7 @@ def train(run: Session) -> dict[str, float]:
     config = run.config
     stream = _rankings(run, "train")
     network = run.network(config.reward_model, config.layout.reward, scalar=True, dropout=config.reward.dropout)
-    weights.load(network, run.weights(START), fresh=HEAD)
+    run.fill(network, run.weights(START), fresh=HEAD)
     engine = Engine(
         network,
         roles.scores(),

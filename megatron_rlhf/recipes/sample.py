@@ -16,7 +16,7 @@ SHOWN = 10
 
 def run(config: Config) -> None:
     """Print the PPO policy's responses to the first held-out prompts. Collective: world."""
-    started = session.start(config)
+    started = session.start(config, writes=False)
     tokenizer = started.tokenizer()
     stream = PromptStream.load(
         started.data / "prompts.test.jsonl", tokenizer, max_tokens=config.data.max_prompt_tokens, seed=config.seed

@@ -5,29 +5,33 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 
-from megatron_rlhf.checkpoint import resume
-from megatron_rlhf.checkpoint.resume import Saved
+from megatron_rlhf.checkpoint import lock, weights
+from megatron_rlhf.checkpoint.differences import Terms
+from megatron_rlhf.checkpoint.resume import Keeper, Saved, SaveFailed
 from megatron_rlhf.config.layout import Layout
-from megatron_rlhf.config.load import digest
-from megatron_rlhf.config.rules import check
-from megatron_rlhf.config.schema import Checkpoint, Cluster, Config, Model, Reshard
+from megatron_rlhf.config.load import flat
+from megatron_rlhf.config.rules import BadInput, allowed, check
+from megatron_rlhf.config.schema import Config, Model
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.timer import Timer
-from megatron_rlhf.parallel import collectives, cpu, grid
+from megatron_rlhf.parallel import collectives, cpu, deterministic, grid
 from megatron_rlhf.recipes import places
 from megatron_rlhf.train.engine import Engine
 
 STOPPED = 75
+_NOT_SAVED = 1
+_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.")
+"""Settings that may differ when a run goes on."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -57,6 +61,9 @@ class Session:
     log: Log
     timer: Timer
     stop: Stop
+    keepers: dict[str, Keeper] = field(default_factory=dict)
+    pinned: dict[str, str] = field(default_factory=dict)
+    """What a state is of beside the settings: `plan`, the phase switch's, and `weights.STAGE`, those a run reads."""
 
     @property
     def first(self) -> bool:
@@ -102,47 +109,115 @@ class Session:
             engine=self.config.compute.transformer_engine,
         )
 
+    def fill(self, network: Network, folder: Path, *, fresh: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Fill a network with the weights in `folder`, checked as the settings ask; their manifest.
+
+        Collective: world.
+        """
+        return weights.load(network, folder, fresh=fresh, digests=self.config.checkpoint.verify == "digest")
+
     def rows(self, model: Model) -> int:
         """Rows of the vocabulary of `model`, padded for every layout of the run."""
         return transformer.padded(model.vocabulary, _multiple(self.config))
 
     def save(
-        self, stage: str, step: int, common: dict[str, Any], engines: Mapping[str, Engine], phase: str = ""
+        self,
+        stage: str,
+        step: int,
+        common: Mapping[str, Any],
+        engines: Mapping[str, Engine],
+        phase: str = "",
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Write the state after `step` steps of a stage, or inside the next one where `phase` says so.
+        """Write the state after `step` steps of a stage, or inside the next one where `phase` says so, while the run
+        goes on; one that cannot be written is said and the last one stands.
 
-        `common` is equal on all ranks. Collective: world.
+        `common` is equal on all ranks, and so are `metrics`, which `checkpoint.best` chooses by. Collective: world.
         """
-        folder, layout = self.out / stage / "state", str(self.config.layout)
-        resume.save(folder, step, common, engines, phase, layout=layout, digest=_digest(self.config))
+        self._keeper(stage).save(step, common, engines, phase, metrics)
 
     def saved(self, stage: str) -> Saved | None:
-        """The newest state of a stage, None where it starts anew. Collective: world."""
-        if self.config.checkpoint.resume != "auto":
-            return None
-        return resume.load(self.out / stage / "state", layout=str(self.config.layout), digest=_digest(self.config))
+        """The newest whole state of a stage, None where it starts anew. Collective: world."""
+        return self._keeper(stage).load() if self.config.checkpoint.resume == "auto" else None
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop; between two steps, where background saves that are on disk begin to
+        count. Collective: world."""
+        for keeper in self.keepers.values():
+            keeper.settle()
+        return self.stop.requested()
+
+    def settle(self) -> None:
+        """Wait for background saves; before the roles of a stage are freed. Collective: world."""
+        for keeper in self.keepers.values():
+            keeper.settle(wait=True)
 
     def leave(
-        self, stage: str, step: int, common: dict[str, Any], engines: Mapping[str, Engine], phase: str = ""
+        self, stage: str, step: int, common: Mapping[str, Any], engines: Mapping[str, Engine], phase: str = ""
     ) -> NoReturn:
-        """Save and exit with the code that asks to be submitted again. Collective: world."""
-        self.save(stage, step, common, engines, phase)
+        """Save and exit with the code that asks to be submitted again, or with 1 where that failed.
+
+        Collective: world.
+        """
         inside = f", in the next one after {phase}" if phase else ""
-        self.log.say(f"{stage}: stopped by a signal after step {step}{inside}, saved; run the same command to go on")
+        try:
+            self._keeper(stage).save(step, common, engines, phase, wait=True)
+        except SaveFailed as error:
+            self.log.say(f"{stage}: stopped by a signal after step {step}{inside}, and not saved: {error}")
+            code = _NOT_SAVED
+        else:
+            self.log.say(
+                f"{stage}: stopped by a signal after step {step}{inside}, saved; run the same command to go on"
+            )
+            code = STOPPED
         self.log.close()
-        raise SystemExit(STOPPED)
+        raise SystemExit(code)
+
+    def _keeper(self, stage: str) -> Keeper:
+        if stage not in self.keepers:
+            folder, settings = self.out / stage / "state", self.config.checkpoint
+            self.keepers[stage] = Keeper(folder, settings, self._terms(), lambda text: self.log.say(f"{stage}: {text}"))
+        return self.keepers[stage]
+
+    def _terms(self) -> Terms:
+        settings = {key: value for key, value in flat(self.config).items() if not key.startswith(_FREE)}
+        pinned = {key: value for key, value in self.pinned.items() if key != "plan"}
+        return Terms(
+            {**settings, **pinned},
+            asdict(self.config.layout),
+            collectives.world_size(),
+            allowed(self.config.checkpoint.allow),
+            self.pinned.get("plan", ""),
+        )
 
 
-def start(config: Config) -> Session:
-    """Join the world, check the config against it and open the run's folder. Collective: world."""
+def start(config: Config, *, writes: bool = True) -> Session:
+    """Join the world, check the config against it and open the run's folder, which one job at a time `writes`.
+
+    Collective: world.
+    """
     cpu.install()
-    stop_at = Path(config.out)
+    if config.compute.deterministic:
+        deterministic.install()
+    out = Path(config.out)
     grid.connect()
     check(config, collectives.world_size())
+    log = Log(out, collectives.rank() == 0)
+    if writes:
+        _lock(out, log)
+    return Session(config, out, log, Timer(), Stop())
+
+
+def _lock(out: Path, log: Log) -> None:
+    """Rank 0 holds the run's folder until it ends. Collective: world."""
+    refusal = ""
     if collectives.rank() == 0:
-        stop_at.mkdir(parents=True, exist_ok=True)
-    collectives.wait_for_all()
-    return Session(config, stop_at, Log(stop_at, collectives.rank() == 0), Timer(), Stop())
+        try:
+            lock.take(out, log.say)
+        except BadInput as error:
+            refusal = str(error)
+    if refusal := collectives.gather_objects(refusal)[0]:
+        raise BadInput(refusal)
 
 
 def _multiple(config: Config) -> int:
@@ -151,7 +226,3 @@ def _multiple(config: Config) -> int:
     degrees = [Layout.parse(words, world).tp for words in astuple(config.layout)]
     return math.lcm(*degrees, 128 if torch.cuda.is_available() else 1)
 
-
-def _digest(config: Config) -> str:
-    """The settings that change what a run computes."""
-    return digest(replace(config, out="", checkpoint=Checkpoint(), cluster=Cluster(), reshard=Reshard()))

@@ -33,7 +33,7 @@ def tune(run: Session, stage: str, settings: Sft) -> dict[str, float]:
     demonstrations = demonstrations_of(run, "train", settings.examples)
     text = PretrainingStream(run.data / "pretraining.train", config.pretrain.length, config.seed + 1)
     network = run.network(config.model, config.layout.policy, dropout=settings.dropout)
-    weights.load(network, run.weights("pretrain"))
+    run.fill(network, run.weights("pretrain"))
     engine = Engine(
         network,
         roles.logprobs(head_rows=config.compute.head_rows),

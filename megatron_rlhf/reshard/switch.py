@@ -57,9 +57,18 @@ class Bridge:
     """
 
     def __init__(
-        self, policy: Engine, network: Network, mover: Mover, *, bound: int = 0, proven: bool = True, park: bool = False
+        self,
+        policy: Engine,
+        network: Network,
+        mover: Mover,
+        *,
+        bound: int = 0,
+        plan: str = "",
+        proven: bool = True,
+        park: bool = False,
     ) -> None:
-        """Nothing is moved yet."""
+        """Nothing is moved yet; `plan` is the plan's digest."""
+        self.plan = plan
         self.policy = policy
         self.network = network
         self.state = State.EMPTY
@@ -144,6 +153,7 @@ def build(policy: Engine, network: Network, settings: Reshard) -> Bridge:
         network,
         mover,
         bound=planned.summary(half).recv_bound_max,
+        plan=planned.sha256,
         proven=settings.proof == "always",
         park=settings.park_optimizer,
     )

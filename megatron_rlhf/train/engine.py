@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhf.checkpoint.pieces import Piece, Stored
 from megatron_rlhf.config.schema import Adam, Compute, Learning
 from megatron_rlhf.models.roles import Read
 from megatron_rlhf.models.transformer import Network
@@ -22,6 +23,7 @@ from megatron_rlhf.parallel.collectives import assemble, device
 from megatron_rlhf.train import schedule
 from megatron_rlhf.train.microbatch import Batch, Part, cut
 from megatron_rlhf.train.optimizer import Average, Optimizer, accompany
+from megatron_rlhf.train.shards import Shard
 
 Loss = Callable[[Tensor, Any, Any], tuple[Tensor, Stats]]
 
@@ -160,24 +162,35 @@ class Engine:
         with self.average.applied():
             yield
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed engine needs, as it lies on this rank."""
-        self.present()
-        return {
-            "updates": self.updates,
-            "followed": self._followed,
-            "optimizer": self.optimizer.state() if self.optimizer else None,
-            "average": [shard.clone() for shard in self.average.shards] if self.average else None,
-        }
+    def counts(self) -> dict[str, int]:
+        """What it has counted, equal on all ranks."""
+        return {"updates": self.updates, "followed": self._followed}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave under the same layout. Collective: dp."""
-        self.updates, self._followed = state["updates"], state["followed"]
+    def scaling(self) -> dict[str, Any] | None:
+        """Its loss scale, equal on all ranks of its grid; None outside."""
+        return self.optimizer.scaling() if self.optimizer else None
+
+    def pieces(self) -> list[Piece]:
+        """The optimizer's state as it lies: the live tensors of this rank, each tensor once over all ranks.
+
+        Raises RuntimeError where gradients have been accumulated that no update has used: they would be lost.
+        """
+        self.present()
+        if self.open:
+            raise RuntimeError("accumulated gradients would be lost: call update() before the state is saved")
+        return [shard.piece() for shard in self._held() if shard.ours]
+
+    def restore(self, stored: Stored) -> None:
+        """Go on from a state that any layout wrote. Raises BadInput for another model's. Collective: dp."""
+        self.updates, self._followed = stored.counts["updates"], stored.counts["followed"]
         if self.optimizer:
-            self.optimizer.restore(state["optimizer"])
-        if self.average:
-            for shard, saved in zip(self.average.shards, state["average"], strict=True):
-                shard.copy_(saved)
+            for shard in self._held():
+                shard.put(stored.read(shard.where))
+            self.optimizer.rescale(stored.scaling())
+            self.optimizer.publish()
+
+    def _held(self) -> list[Shard]:
+        return self.optimizer.held(self.average.shards if self.average else ()) if self.optimizer else []
 
     def present(self) -> None:
         """Raises RuntimeError while another role's weights are in the place of these."""

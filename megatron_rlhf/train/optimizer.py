@@ -7,7 +7,7 @@ the first part again. Here it runs in `step` alone, once, however many accumulat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
+from megatron_rlhf.checkpoint.pieces import Range
 from megatron_rlhf.config.schema import Adam
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.train import host
+from megatron_rlhf.train.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,37 +185,35 @@ class Optimizer:
             else:
                 optimizer.reload_model_params()
 
-    def state(self) -> dict[str, Any]:
-        """This rank's main weights, Adam state and loss scale as they lie; equal on the device and on the host."""
-        adams = self.adams()
-        return {
-            "main": [shard.detach().clone() for shard in self.shards()],
-            "adam": [[dict(adam.state.get(p, {})) for g in adam.param_groups for p in g["params"]] for adam in adams],
-            # A fused Adam counts its steps in the parameter groups, torch's in each parameter's state.
-            "steps": [[group.get("step") for group in adam.param_groups] for adam in adams],
-            "scale": [dict(scaler.state_dict()) for scaler in self._scalers()],
-            "stuck": self.stuck,
-        }
+    def held(self, averages: Sequence[Tensor] = ()) -> list[Shard]:
+        """What this rank holds of every tensor, with the averages of `shards()` where they are given."""
+        grid, directory = self.network.grid, self.network.directory
+        names = {parameter: name for name, parameter in self.network.parameters.items()}
+        average = dict(zip(map(id, self.shards()), averages, strict=True)) if averages else {}
+        found = []
+        for optimizer, adam in zip(self.inner.chained_optimizers, self.adams(), strict=True):
+            for parameter, (group, place) in optimizer.model_param_group_index_map.items():
+                span = optimizer._get_model_param_range_map(parameter)["param"]
+                name, main = names[parameter], adam.param_groups[group]["params"][place]
+                split, owner = directory[name].split, grid.layout.coordinate(directory[name].owners[0])
+                tp_rank = 0 if split.dim is None else grid.tp_rank
+                where = Range(
+                    name, split, grid.layout.tp, tp_rank, tuple(parameter.shape), span.start, span.end
+                )
+                ours = owner is not None and owner[1] == grid.pp_rank and tp_rank == grid.tp_rank
+                found.append(Shard(where, main, adam, adam.param_groups[group], average.get(id(main)), ours))
+        return found
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave, under the same layout, and publish the weights. Collective: dp."""
-        with torch.no_grad():
-            for shard, saved in zip(self.shards(), state["main"], strict=True):
-                shard.copy_(saved)
-        for adam, saved_group in zip(self.adams(), state["adam"], strict=True):
-            shards = [shard for group in adam.param_groups for shard in group["params"]]
-            for shard, saved in zip(shards, saved_group, strict=True):
-                # A tensor of its own each: Megatron's loader would give all parameters one shared `step`
-                # (mcore 0.16.1 distrib_optimizer.py:820), and Adam would race ahead.
-                adam.state[shard] = {k: _beside(shard, v) if isinstance(v, Tensor) else v for k, v in saved.items()}
-        for adam, steps in zip(self.adams(), state["steps"], strict=True):
-            for group, step in zip(adam.param_groups, steps, strict=True):
-                if step is not None:
-                    group["step"] = step
-        for scaler, scale in zip(self._scalers(), state["scale"], strict=True):
-            scaler.load_state_dict(scale)
-        self.stuck = state["stuck"]
-        self.publish()
+    def scaling(self) -> dict[str, Any]:
+        """fp16's loss scale with its counts, and how many steps in a row it was stuck; equal on all ranks."""
+        first = self._scalers()[:1]
+        return {"scale": dict(first[0].state_dict()) if first else None, "stuck": self.stuck}
+
+    def rescale(self, scaling: Mapping[str, Any]) -> None:
+        """Put back what `scaling` gave."""
+        for scaler in self._scalers():
+            scaler.load_state_dict(scaling["scale"])
+        self.stuck = scaling["stuck"]
 
     def _scalers(self) -> list[Any]:
         return [optimizer.grad_scaler for optimizer in self.inner.chained_optimizers if optimizer.grad_scaler]
@@ -221,11 +221,6 @@ class Optimizer:
 
 def _hosted(inner: object) -> bool:
     return isinstance(inner, host.HostAdam)
-
-
-def _beside(shard: Tensor, saved: Tensor) -> Tensor:
-    """A copy of a saved tensor, on the shard's device where it is a moment; torch's `step` stays on the CPU."""
-    return saved.to(shard.device, copy=True) if saved.shape == shard.shape else saved.clone()
 
 
 def accompany() -> None:

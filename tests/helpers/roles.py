@@ -6,6 +6,7 @@ a seed and a name, so roles of different layouts start equal.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlhf.batch import Annotated, Experience, Prompts, Rankings, Rollout, Rows
+from megatron_rlhf.checkpoint.pieces import Range
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Adam, Compute, Learning, Model
 from megatron_rlhf.models import roles, transformer
@@ -183,6 +185,27 @@ def gathered(role: Engine, local: Tensors) -> dict[str, Tensor]:
             dist.all_reduce(mine[name], group=role.network.grid.groups.dp)
     fp32 = {name: replace(entry, dtype=torch.float32) for name, entry in role.network.directory.items()}
     return weights(replace(role.network, parameters=mine, directory=fp32))
+
+
+class Kept:
+    """A role's state on this rank in memory, copies of tied and replicated tensors too; `restore` takes it."""
+
+    def __init__(self, role: Engine) -> None:
+        """Copies what the role holds now."""
+        self.role = role
+        self.counts = role.counts()
+        self.scale = copy.deepcopy(role.scaling())
+        shards = role._held()
+        pieces = [shard.piece() for shard in shards]
+        self.values = {p.where: {k: v.detach().clone() for k, v in p.values.items()} for p in pieces}
+        assert len(self.values) == len(shards)
+
+    def scaling(self) -> dict[str, Any]:
+        assert self.scale is not None
+        return self.scale
+
+    def read(self, wanted: Range) -> dict[str, Tensor]:
+        return self.values[wanted]
 
 
 def plain_gradients(built: Network, read: roles.Read, terms: Sequence[tuple[Any, Any, float]]) -> dict[str, Tensor]:

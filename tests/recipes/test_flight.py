@@ -41,7 +41,8 @@ SETTINGS = [
     *(f"{model}.{size}" for model in ("model", "reward_model") for size in ("layers=2", "hidden=32", "heads=4")),
     *("data.max_prompt_tokens=16", "sampling.max_tokens=8", "sampling.batch=4", "pretrain.length=16"),
     *(f"ppo.iterations={ITERATIONS}", "ppo.episodes=8", "ppo.minibatches=2", "ppo.epochs=2", "ppo.policy.warmup=1"),
-    *("ppo.kl.adaptive=true", "ppo.policy.rate=1e-2", "ppo.value.rate=1e-2", "checkpoint.phases=true"),
+    *("ppo.kl.adaptive=true", "ppo.policy.rate=1e-2", "ppo.value.rate=1e-2"),
+    *("checkpoint.phases=true", "checkpoint.asynchronous=false"),
 ]
 CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"}
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]

@@ -43,8 +43,8 @@ def everything(policy: Engine) -> list[torch.Tensor]:
     """Every tensor the role owns: weights, mains, moments with their steps, average."""
     if policy.optimizer is None or policy.average is None:
         return []
-    adams = policy.optimizer.state()["adam"]
-    moments = [torch.as_tensor(entry[name]) for adam in adams for entry in adam for name in sorted(entry)]
+    states = [shard.adam.state[shard.main] for shard in policy.optimizer.held()]
+    moments = [torch.as_tensor(entry[name]) for entry in states for name in sorted(entry)]
     assert len(moments) == 3 * len(policy.optimizer.shards()) > 30
     parameters = [parameter.detach() for parameter in policy.network.parameters.values()]
     return [*parameters, *policy.optimizer.shards(), *moments, *policy.average.shards]
@@ -73,7 +73,7 @@ def test_it_is_the_plain_optimizer(words: str, precision: str) -> None:
         inner = hosted.optimizer.inner.chained_optimizers[0].optimizer
         assert isinstance(inner, HostAdam)
         assert all(main.data_ptr() != shard.data_ptr() for shard, main in inner.pairs)
-        states = plain.state(), hosted.state()
+        states = tiny.Kept(plain), tiny.Kept(hosted)
         for one, state in ((hosted, states[0]), (plain, states[1])):
             replace_state(one, state)
     assert train(hosted, range(5, 7)) == train(plain, range(5, 7))
@@ -94,7 +94,7 @@ def test_it_is_the_plain_optimizer(words: str, precision: str) -> None:
     assert tiny.copies_agree(hosted.network)
 
 
-def replace_state(policy: Engine, state: dict[str, object]) -> None:
+def replace_state(policy: Engine, state: tiny.Kept) -> None:
     """Forget the main weights and put back the state that another role gave. Collective: dp."""
     assert policy.optimizer is not None
     for shard in policy.optimizer.shards():

@@ -89,7 +89,7 @@ def test_training_does_not_notice(words: str, precision: str, host: bool) -> Non
     leaves.start()
     leaves.finish()
     leaves.restore()
-    restored.restore(parked.state())
+    restored.restore(tiny.Kept(parked))
     assert learn(restored, 9) == learn(plain, 9)
 
 
