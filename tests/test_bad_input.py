@@ -48,7 +48,7 @@ def weights(folder: Path, *, head: bool, vocabulary: int = PIECES) -> None:
     """What a stage's weights say of themselves, without the weights."""
     tensors = {"embedding.word_embeddings.weight": {}} | ({"head.weight": {}} if head else {})
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"tensors": tensors, "vocabulary": vocabulary}))
+    (folder / "manifest.json").write_text(json.dumps({"tensors": tensors, "vocabulary": vocabulary, "digests": {}}))
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,8 @@ def terminal() -> bool:
 
 def job() -> tuple[str, int]:
     """The scheduler's job, "" outside one, and how many times it was started again."""
-    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    restarts = _number("SLURM_RESTART_COUNT") if os.environ.get("SLURM_RESTART_COUNT") else 0
+    return os.environ.get("SLURM_JOB_ID", ""), restarts
 
 
 def be_deterministic() -> None:

@@ -63,7 +63,7 @@ def numbers(engine: Engine) -> dict[str, torch.Tensor]:
     """Main weights, moments and average as full tensors, and every count of steps. Collective: world."""
     held = {shard.main: shard for shard in engine._held()}
     found = {}
-    for key in ("main", *KEYS, *(["average"] if engine.average is not None or not held else [])):
+    for key in ("main", *KEYS) if engine.network.scalar else ("main", *KEYS, "average"):
         pieces = {main: shard.piece().values[key] for main, shard in held.items()}
         local = tiny.shards(engine, lambda main, pieces=pieces: pieces[main])
         found |= {f"{key} {name}": value for name, value in tiny.gathered(engine, local).items()}

@@ -5,6 +5,8 @@ Not proved here: that a SLURM sets these variables so; SLURM itself does not run
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from megatron_rlhf.config import env
@@ -121,3 +123,19 @@ def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, {"RANK": "x", "WORLD_SIZE": "4"})
     with pytest.raises(BadInput, match="the environment's RANK is 'x', a number is needed, for example RANK=0"):
         env.rank()
+
+
+def test_the_job_and_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert env.job() == ("", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert env.job() == ("12", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert env.job() == ("12", 3)
+
+
+def test_what_a_person_has_set_for_determinism_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Tree"})
+    env.be_deterministic()
+    assert os.environ["NCCL_ALGO"] == "Tree" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -39,6 +39,10 @@ BROKEN = [
     (["sampling.batch=-1"], "sampling.batch is -1; it must be at least 0"),
     (["reshard.staging_mb=0"], "reshard.staging_mb is 0; it must be at least 1"),
     (["reshard.node=-1"], "reshard.node is -1; it must be at least 0"),
+    (["checkpoint.verify=never"], "checkpoint.verify is 'never'; it must be one of digest, size"),
+    (["checkpoint.keep=0"], "checkpoint.keep is 0; it must be at least 1"),
+    (["checkpoint.best=score"], "checkpoint.best is 'score'; it must be max or min and a number of log.jsonl"),
+    (["checkpoint.allow=[ppo.clip, ppo.clop]"], "checkpoint.allow names 'ppo.clop', which is no setting"),
     (["reshard.proof=sometimes"], "reshard.proof is 'sometimes'; it must be one of always, never"),
     (
         ["reshard.share_reference=true", "layout.reference=tp2 dp2"],

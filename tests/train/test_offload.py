@@ -138,7 +138,7 @@ def test_what_is_away_is_not_read() -> None:
     leaves.start()
     leaves.finish()
     reads = (
-        policy.state,
+        policy.pieces,
         policy.optimizer.shards,
         policy.optimizer.publish,
         policy.optimizer.reload,
@@ -193,7 +193,7 @@ def test_neither_is_read_in_the_others_place() -> None:
             lambda: policy.forward(asked),
             lambda: policy.accumulate(asked, losses.language),
             policy.update,
-            policy.state,
+            policy.pieces,
         ):
             with pytest.raises(RuntimeError, match="another role's weights are in this role's place"):
                 read()

@@ -266,7 +266,8 @@ def test_a_skipped_update_does_not_advance_a_supervised_schedule() -> None:
     session = SimpleNamespace(
         saved=lambda _: None,
         first=False,
-        stop=SimpleNamespace(requested=lambda: False),
+        stopping=lambda: False,
+        settle=lambda: None,
         config=SimpleNamespace(checkpoint=SimpleNamespace(every=0)),
         log=SimpleNamespace(row=lambda _phase, _step, values: written.append(values)),
     )
