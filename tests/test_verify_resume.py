@@ -80,6 +80,8 @@ def test_every_stage_and_phase_is_killed_once_in_its_order() -> None:
         assert sorted(names) == ["saved ppo ", "saved ppo .generate", "saved sft "]
         states = [event.text for event in EVENTS]
         assert chosen == sorted(chosen, key=states.index)
+        two = {point.event.split(" ")[1] for point in points.boundaries(EVENTS, 2, random.Random(seed))}
+        assert two == {"sft", "ppo"}, "no stage is left out"
     assert [event.text for event in points.of(EVENTS, ["sft"])] == [event.text for event in EVENTS[:4]]
     (moment,) = points.moments(points.of(EVENTS, ["ppo"]), 1, random.Random(1))
     assert moment.event == "begins generation" and moment.count in (1, 2) and 0 <= moment.delay <= 0.1

@@ -7,9 +7,9 @@ A quickstart whose stages take seconds (4 gloo ranks, roles under tp2 pp2, gener
 undisturbed. Then each verb runs again, is killed with all its ranks, goes on by the same command, is killed again, ...
 until it is done. Half of the kills come when a state has been saved, of 20 at every phase boundary of a PPO iteration
 and at a step of each other stage; the others by chance within places: generation, reshard, backward, update, scoring,
-annotation, taking up a state, saving one and publishing the weights, where PPO saves at every phase in one run and at
-whole iterations in the next. Every log row that any launch wrote must be the undisturbed run's, but for what tells of
-the machine (tools/resume/record.py), and so must the sha256 of the final weights' files.
+annotation, taking up a state, saving one and publishing the weights, while states are written beside the run, of PPO at
+every phase in one run and of whole iterations in the next. Every log row that any launch wrote must be the undisturbed
+run's, but for what tells of the machine (tools/resume/record.py), and so must the sha256 of the final weights' files.
 
 One line a kill: where it was, what the next launch went on from, and whether all was equal. Exit code 0 when all are
 equal, 1 when one is not, 2 for bad input. With --out the undisturbed run is kept for the next time. --fault plants what
@@ -50,7 +50,7 @@ class Task:
 
     verb: Verb
     points: tuple[Point, ...]
-    saves: str = chain.PHASES
+    saves: str = "every phase"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def _tasks(asked: argparse.Namespace, stages: Sequence[str], reference: Referenc
     for verb in verbs:
         moments = points.moments(points.of(reference.events, verb.stages), left.count(verb.name), chance)
         for number, start in enumerate(range(0, len(moments), TOGETHER)):
-            saves = (chain.PHASES, chain.STEPS)[number % 2]
+            saves = tuple(chain.SAVES)[1 + number % 2]
             yield Task(verb, tuple(moments[start : start + TOGETHER]), saves)
 
 

@@ -19,10 +19,12 @@ SETTINGS = (
     *("reward.batch=4", "sampling.max_tokens=16", "ppo.iterations=3", "ppo.episodes=16", "ppo.minibatches=2"),
     *("ppo.policy.warmup=1", "ppo.kl.adaptive=true", "ppo.missing_end=keep", "evaluate.prompts=8"),
 )
-PHASES, STEPS = "checkpoint.phases=true", "checkpoint.phases=false"
-EVERY = "checkpoint.every=1"
-ON_DISK = "checkpoint.asynchronous=false"
-"""A kill "where a state has been saved" finds it there."""
+SAVES = {
+    "every phase": ("checkpoint.phases=true", "checkpoint.asynchronous=false"),
+    "every phase, beside the run": ("checkpoint.phases=true",),
+    "every step, beside the run": ("checkpoint.phases=false",),
+}
+"""When states are saved; what is saved beside the run is on disk some time after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,10 @@ class Reference:
     events: tuple[Event, ...]
 
 
-def words(verb: str, out: Path, seed: int, saves: str = PHASES) -> list[str]:
+def words(verb: str, out: Path, seed: int, saves: str = "every phase") -> list[str]:
     """The command's words."""
     experiment = [] if verb == "quickstart" else ["experiment=quickstart"]
-    return [verb, *experiment, f"out={out}", *SETTINGS, f"seed={seed}", EVERY, ON_DISK, saves]
+    return [verb, *experiment, f"out={out}", *SETTINGS, f"seed={seed}", "checkpoint.every=1", *SAVES[saves]]
 
 
 def reference(folder: Path, seed: int) -> Reference:

@@ -29,14 +29,17 @@ def of(events: Sequence[Event], stages: Sequence[str]) -> list[Event]:
 
 
 def boundaries(events: Sequence[Event], number: int, chance: random.Random) -> list[Point]:
-    """`number` saved states in their order, where that suffices one of every stage and phase."""
+    """`number` saved states in their order: one of every stage where that suffices, then one of every phase."""
     states = [event.text for event in events if event.text.startswith("saved ")]
     by_phase: dict[tuple[str, str], list[str]] = {}
     for state in states:
         _, stage, place = state.split(" ")
         by_phase.setdefault((stage, place.partition(".")[2]), []).append(state)
     chosen = [chance.choice(those) for those in by_phase.values()]
-    chosen = chance.sample(chosen, min(number, len(chosen)))
+    chance.shuffle(chosen)
+    stages = [state.split(" ")[1] for state in chosen]
+    turns = {state: stages[:place].count(stages[place]) for place, state in enumerate(chosen)}
+    chosen = sorted(chosen, key=lambda state: turns[state])[:number]
     return [Point(state) for state in sorted(chosen, key=states.index)]
 
 

@@ -102,9 +102,11 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def _follow(process: subprocess.Popen[bytes], announcements: Path, point: Point | None) -> bool:
     """Whether the point was reached; False where the process ended before. Raises TimeoutError where neither comes."""
-    deadline = time.monotonic() + _LIMIT
+    deadline, seen = time.monotonic() + _LIMIT, 0
     while process.poll() is None:
-        if point is not None and announcements.exists():
+        size = announcements.stat().st_size if announcements.exists() else 0
+        if point is not None and size > seen:
+            seen = size
             reached = [event for event in events(announcements) if event.text == point.event][point.count - 1 :]
             if reached:
                 time.sleep(max(0.0, reached[0].time + point.delay - time.monotonic()))
