@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_rlhf.checkpoint.digest import sync_folder
 from megatron_rlhf.config.rules import BadInput
 
 
@@ -23,10 +24,11 @@ def whole(path: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for file in (*beside.iterdir(), beside):
+        for file in beside.iterdir():
             _sync(file)
+        sync_folder(beside)
         os.replace(beside, path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

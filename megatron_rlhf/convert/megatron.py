@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_rlhf.checkpoint.digest import sync_folder
 from megatron_rlhf.config.layout import Layout, LayoutError
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.convert import (
@@ -194,7 +195,7 @@ def write(path: Path, card: Card, tensors: Tensors, dtype: torch.dtype, *, layou
         }
         with _synced(release / "common.pt") as stream:
             torch.save(common, stream)
-        _sync_folder(release)
+        sync_folder(release)
         (beside / TRACKER).write_text("release\n", encoding="ascii")
         (beside / MODEL).write_text(yaml.safe_dump(asdict(model), sort_keys=False), encoding="utf-8")
         tokenizer_files.put(beside, card.tokenizer)
@@ -350,11 +351,3 @@ class _synced:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

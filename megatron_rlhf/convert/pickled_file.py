@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlhf.config.rules import BadInput
+from megatron_rlhf.convert import torch_file
 
 
 class PickledFile:
@@ -38,20 +39,9 @@ class PickledFile:
         if not isinstance(found, dict):
             raise BadInput(f"{self.path} holds no dict of tensors")
         for name, tensor in found.items():
-            if not isinstance(name, str) or not _whole(tensor):
+            if not isinstance(name, str) or not torch_file.dense(tensor):
                 raise BadInput(f"{self.path}: {str(name)[:80]!r} is no dense tensor with all its data in the file")
         return found
-
-
-def _whole(tensor: object) -> bool:
-    """Whether every number of it is stored: no sparse, quantised, expanded or meta tensor."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and tensor.device.type == "cpu"
-        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.dtype.itemsize
-    )
 
 
 def _first(error: BaseException) -> str:

@@ -59,14 +59,14 @@ def logprobs(
     """Log-probs [N], float32, of `targets_N` under the head's temperature-scaled softmax over the true vocabulary.
 
     With `rows` only so many positions' logits exist at a time, and are made once more in the backward pass; with 0 they
-    are made once and the gradient is written over them. Collective: tp.
+    are made once and the gradient is written over them. Never more than FORWARD_ROWS without a gradient.
+    Collective: tp.
     """
-    group = network.grid.groups.tp if network.grid.groups is not None else None
-    where: dict[str, Any] = {"vocab_start": network.vocab_start, "vocab_size": network.model.vocabulary, "group": group}
+    where = _where(network)
     if not torch.is_grad_enabled():
-        rows = rows or FORWARD_ROWS
+        rows = min(rows or FORWARD_ROWS, FORWARD_ROWS)
     if rows:
-        hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group)
+        hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, where["group"])
         found_N, _ = vocab_head.linear_logprobs(
             hidden_NH, weight(network), targets_N, temperature=temperature, rows=rows, **where
         )
@@ -93,9 +93,7 @@ def kl(
     `reference_NH` are its hidden states at the same positions, in any memory, and `reference_VH` this rank's words of
     its head. At most `rows` positions' logits exist at a time, and never more than FORWARD_ROWS. Collective: tp.
     """
-    group = network.grid.groups.tp if network.grid.groups is not None else None
-    where: dict[str, Any] = {"vocab_start": network.vocab_start, "vocab_size": network.model.vocabulary, "group": group}
-    rows, head_VH = min(rows or FORWARD_ROWS, FORWARD_ROWS), weight(network)
+    where, rows, head_VH = _where(network), min(rows or FORWARD_ROWS, FORWARD_ROWS), weight(network)
     found = []
     for ours_NH, theirs_NH, at_N in zip(
         hidden_NH.split(rows), reference_NH.split(rows), targets_N.split(rows), strict=True
@@ -103,3 +101,9 @@ def kl(
         theirs_NV = theirs_NH.to(ours_NH.device) @ reference_VH.T
         found.append(torch.stack(vocab.kl(ours_NH @ head_VH.T, theirs_NV, at_N, temperature=temperature, **where)))
     return torch.cat(found, 1)
+
+
+def _where(network: Network) -> dict[str, Any]:
+    """Which words this rank has and who has the others, as parallel/vocab.py takes it."""
+    group = network.grid.groups.tp if network.grid.groups is not None else None
+    return {"vocab_start": network.vocab_start, "vocab_size": network.model.vocabulary, "group": group}
