@@ -16,18 +16,25 @@ _TRIM, _MAP = -1, -3
 
 
 class Peak:
-    """The resident bytes at the beginning, `before`, and from there on the most there have been, `growth` above it."""
+    """From its beginning on the most resident bytes there have been, `growth`, and those still allocated, `kept`."""
 
     def __init__(self) -> None:
         """Begins: what was freed goes back to the system first, or a later allocation would not be seen."""
         settle()
         Path("/proc/self/clear_refs").write_text("5")
-        self.before = resident()
+        self._resident = _bytes("VmRSS")
+        self._own = _own()
 
     @property
     def growth(self) -> int:
         """The most bytes held at once since the beginning, above those held then."""
-        return _bytes("VmHWM") - self.before
+        return _bytes("VmHWM") - self._resident
+
+    @property
+    def kept(self) -> int:
+        """The bytes held now above those held at the beginning, after what was freed went back to the system."""
+        settle()
+        return _own() - self._own
 
 
 def keep_freed(keep: bool) -> None:
@@ -44,11 +51,6 @@ def settle() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def resident() -> int:
-    """Bytes of memory this process occupies now."""
-    return _bytes("VmRSS")
-
-
 def check() -> None:
     """Raises RuntimeError unless `Peak` sees a known allocation, which is gone by then, within 2 %."""
     for _ in range(2):  # the first allocation brings library code into memory, too
@@ -56,6 +58,11 @@ def check() -> None:
         torch.ones(_PROBE, dtype=torch.uint8)
     if abs(peak.growth - _PROBE) > _SLACK * _PROBE:
         raise RuntimeError(f"{_PROBE} bytes were allocated, the peak of resident memory grew by {peak.growth}")
+
+
+def _own() -> int:
+    # without pages of files, which the system takes back when it likes
+    return _bytes("RssAnon") + _bytes("RssShmem")
 
 
 def _bytes(name: str) -> int:

@@ -78,8 +78,7 @@ class Side:
         peak = memory.Peak()
         seconds = _timed(lambda: self._made(name, target).run())
         growth = max(0, peak.growth)
-        memory.settle()
-        self.held[name] = memory.resident() - peak.before - (occupied(self.source, target) - networks)
+        self.held[name] = peak.kept - (occupied(self.source, target) - networks)
         way = self.ways[name]
         wrong = self._wrong(target)
         return {
