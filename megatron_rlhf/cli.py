@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_rlhf import __version__, doctor, launch
 from megatron_rlhf.config import env
@@ -51,6 +53,21 @@ _LOST = (
     *("connection closed by peer", "connection reset", "connection refused", "broken pipe"),
     *("remote process exited", "got 0 bytes"),
 )
+
+
+def run() -> NoReturn:
+    """Ends this process with the code of its command line; a rank of a world without the interpreter's own end, which
+    the threads of a process group do not always survive (SIGABRT, after all was saved)."""
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    if env.launched():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

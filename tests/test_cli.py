@@ -129,6 +129,33 @@ def test_a_stop_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.value.code == 75
 
 
+ABORTING = """
+import atexit, os, sys, types
+from megatron_rlhf import cli
+class Bad:
+    def __del__(self):
+        os.abort()  # what a process group's thread does when the interpreter ends under it
+kept = Bad()
+def run(config):
+    print("ran")
+    atexit.register(print, "released")
+    sys.exit({code}) if {code} else None
+cli.importlib = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run=run, check=lambda *_: None))
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_rank_ends_before_the_interpreter_does(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """What was registered for the end has run, what aborts in it has not, and the code is the recipe's."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = ["sft", "experiment=quickstart", "layout=cpu1", "out=/x"]
+    command = [sys.executable, "-c", ABORTING.format(code=code), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (code, ["ran", "released"]), done.stderr
+
+
 def test_a_crash_of_a_lone_process_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(config: Config) -> None:
         raise ZeroDivisionError("lr")
