@@ -55,11 +55,14 @@ _LOST = (
 )
 
 
-def run() -> NoReturn:
-    """Ends this process with the code of its command line; a rank of a world without the interpreter's own end, which
-    the threads of a process group do not always survive (SIGABRT, after all was saved)."""
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Ends this process with the code of the command line `argv`, by default its own.
+
+    A rank of a world leaves out the interpreter's own end, which the threads of a process group do not always survive
+    (SIGABRT, after all was saved).
+    """
     try:
-        code = main()
+        code = main(argv)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     if env.launched():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_rlhf import cli, launch
 from megatron_rlhf.checkpoint import weights
@@ -33,15 +33,15 @@ RANKS = 4
 Tell = Callable[[str], None]
 
 
-def main(words: Sequence[str]) -> int:
-    """The exit code of the verb; started outside a world, this process starts the ranks."""
+def main(words: Sequence[str]) -> NoReturn:
+    """Ends with the exit code of the verb; started outside a world, this process starts the ranks."""
     if not env.launched():
-        return launch.run(RANKS, words, module="tools.resume.announced")
+        sys.exit(launch.run(RANKS, words, module="tools.resume.announced"))
     file, fault, *verb = words
     observe(teller(Path(file)) if env.rank() == 0 else lambda event: None)
     if fault != SOUND:
         PLANT[fault]()
-    return cli.main(verb)
+    cli.run(verb)
 
 
 def teller(file: Path) -> Tell:
@@ -103,4 +103,4 @@ def _state(stage: str, step: int, phase: str = "") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
