@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_rlhf.config.rules import BadInput
@@ -28,21 +26,10 @@ class PickledFile:
         return self._load()[name]
 
     def _load(self) -> dict[str, Tensor]:
-        try:
-            found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError,
-                OSError, MemoryError, OverflowError, AssertionError, NotImplementedError) as error:  # fmt: skip
-            raise BadInput(
-                f"{self.path} is no file of weights that torch.load(weights_only=True, mmap=True) reads "
-                f"({_first(error)}); save it again with torch.save, or as safetensors"
-            ) from error
+        found = torch_file.load(self.path)
         if not isinstance(found, dict):
             raise BadInput(f"{self.path} holds no dict of tensors")
         for name, tensor in found.items():
             if not isinstance(name, str) or not torch_file.dense(tensor):
                 raise BadInput(f"{self.path}: {str(name)[:80]!r} is no dense tensor with all its data in the file")
         return found
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
