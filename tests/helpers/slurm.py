@@ -166,7 +166,7 @@ class Slurm:
     def kill_node(self, node: str) -> None:
         """SIGKILL to a node's slurmd and to everything that its steps run."""
         daemon = psutil.Process(self._pid(f"slurmd-{node}"))
-        steps = [each for each in self.processes() if each.name() == "slurmstepd" and _names(each, node)]
+        steps = [each for each in self.processes() if each.name() == "slurmstepd" and self._logs_of(node, each)]
         victims = [daemon, *(process for step in steps for process in (step, *step.children(recursive=True)))]
         for process in victims:
             with suppress(psutil.NoSuchProcess):
@@ -231,12 +231,20 @@ class Slurm:
         return int((self.folder / "run" / f"{name}.pid").read_text())
 
     def _ours(self, process: psutil.Process) -> bool:
+        # a slurmstepd renames itself and has no environment left, but stands in the folder of the logs
         try:
-            if str(self.folder) in " ".join(process.cmdline()):
+            here = str(self.folder)
+            if here in " ".join(process.cmdline()) or process.cwd().startswith(here):
                 return True
             return process.environ().get("SLURM_CONF") == str(self.conf)
         except psutil.Error:
             return False
+
+    def _logs_of(self, node: str, process: psutil.Process) -> bool:
+        log = str(self.folder / "log" / f"slurmd-{node}.log")
+        with suppress(psutil.Error):
+            return any(file.path == log for file in process.open_files())
+        return False
 
 
 def missing() -> list[str]:
@@ -258,12 +266,6 @@ def cluster() -> Iterator[Slurm]:
         left = slurm.stop()
         shutil.rmtree(folder, ignore_errors=True)
     assert not left, f"these outlived their jobs: {left}"
-
-
-def _names(process: psutil.Process, node: str) -> bool:
-    with suppress(psutil.Error):
-        return process.environ().get("SLURMD_NODENAME") == node or f"slurmd-{node}" in " ".join(process.cmdline())
-    return False
 
 
 def _free_ports(count: int) -> list[int]:
