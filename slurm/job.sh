@@ -96,6 +96,7 @@ while :; do
     # a trap ends `wait` early
     kill -0 "$step" 2>/dev/null || break
 done
+trap - USR1 TERM
 [[ -z $asked ]] || kill "$resend" 2>/dev/null
 
 if ((code == 0)); then

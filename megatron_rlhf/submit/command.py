@@ -77,6 +77,8 @@ def ordered(names: Sequence[str], settings: Sequence[str]) -> Order:
     for verb in verbs:
         check(config, world, verb)
     out = Path(config.out).absolute()
+    if len(str(out).split()) > 1:
+        raise BadInput(f"out is '{out}'; sbatch takes no path with blanks, write for example out=runs/mine")
     words = tuple(word for word in settings if not word.startswith(("slurm.", "slurm=", "out=")))
     return Order(verbs, words, config, place(config.slurm, world, config.cluster.node), out)
 
