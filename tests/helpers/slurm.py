@@ -168,8 +168,11 @@ class Slurm:
     def kill_node(self, node: str) -> None:
         """SIGKILL to a node's slurmd and to everything that its steps run."""
         daemon = psutil.Process(self._pid(f"slurmd-{node}"))
-        steps = [each for each in self.processes() if each.name() == "slurmstepd" and self._logs_of(node, each)]
-        victims = [daemon, *(process for step in steps for process in (step, *step.children(recursive=True)))]
+        steps = [each for each in self.processes() if "slurmstepd" in _command(each) and self._logs_of(node, each)]
+        victims = [daemon, *steps]
+        for step in steps:
+            with suppress(psutil.NoSuchProcess):
+                victims += step.children(recursive=True)
         for process in victims:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -183,7 +186,7 @@ class Slurm:
         found = {}
         for each in self.processes():
             with suppress(psutil.Error):
-                if word in " ".join(each.cmdline()) and "SLURM_PROCID" in (own := each.environ()) and "RANK" in own:
+                if word in _command(each) and "SLURM_PROCID" in (own := each.environ()) and "RANK" in own:
                     found[int(own["SLURM_PROCID"])] = each
         return found
 
@@ -211,11 +214,7 @@ class Slurm:
 
     def _steps(self, number: int) -> list[psutil.Process]:
         """What keeps the job's scripts and steps on the nodes."""
-        return [
-            process
-            for process in self.processes()
-            if process.name() == "slurmstepd" and f"[{number}." in " ".join(process.cmdline())
-        ]
+        return [each for each in self.processes() if f"[{number}." in _command(each)]
 
     def _configure(self) -> None:
         for name in ("run", "state", "spool", "log"):
@@ -244,7 +243,7 @@ class Slurm:
         # a slurmstepd renames itself and has no environment left, but stands in the folder of the logs
         try:
             here = str(self.folder)
-            if here in " ".join(process.cmdline()) or process.cwd().startswith(here):
+            if here in _command(process) or process.cwd().startswith(here):
                 return True
             return process.environ().get("SLURM_CONF") == str(self.conf)
         except psutil.Error:
@@ -276,6 +275,13 @@ def cluster() -> Iterator[Slurm]:
         left = slurm.stop()
         shutil.rmtree(folder, ignore_errors=True)
     assert not left, f"these outlived their jobs: {left}"
+
+
+def _command(process: psutil.Process) -> str:
+    """Its words, nothing of one that has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def _free_ports(count: int) -> list[int]:
