@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_rlhf import cli
+from megatron_rlhf.config.load import load
+from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.recipes import inputs
 
 SBATCH = """#!/usr/bin/env bash
@@ -35,7 +38,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(SBATCH.format(folder=program.parent))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(inputs, "check", lambda verb, config: None)
+    monkeypatch.setattr(inputs, "check", lambda verb, config, made=(): None)
     return program.parent
 
 
@@ -136,6 +139,24 @@ def test_missing_inputs_and_a_missing_sbatch_are_said_before_anything_is_asked(
     assert submit(tmp_path / "run", "ppo", "--yes") == 2
     assert "megatron-rlhf prepare" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_looks_for_what_no_job_of_it_makes(
+    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(inputs, "check", lambda verb, config, made=(): asked.append((verb, made)))
+    assert submit(tmp_path / "run", "pipeline", "--yes") == 0
+    assert asked == [("sft", ()), ("reward", ("sft",)), ("ppo", ("rl_start", "reward"))]
+
+
+def test_weights_that_an_earlier_job_makes_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "Tokenizer", mock.MagicMock())
+    monkeypatch.setattr(inputs, "_rows", lambda path: None)
+    config = load("reward", ["experiment=quickstart", f"out={tmp_path}"])
+    with pytest.raises(BadInput, match="sft"):
+        inputs.check("reward", config)
+    inputs.check("reward", config, made=("sft",))
 
 
 def test_a_file_of_settings_says_what_a_site_is_like(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
