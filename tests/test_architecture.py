@@ -41,8 +41,9 @@ MAY_IMPORT = {
     "plan": {"config", "observe", "reshard"},
     "doctor": {"config", "observe"},
     "launch": {"config"},
+    "submit": {"config", "observe", "plan"},
     "recipes": _PHASES | {"algorithms", "rollout", "eval", "plan"},
-    "cli": {"config", "observe", "launch", "doctor", "plan"},  # recipes are imported by name, at dispatch
+    "cli": {"config", "observe", "launch", "doctor", "plan", "submit"},  # recipes are imported by name, at dispatch
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -114,12 +115,13 @@ def _foreign(name: str, here: str, modules: set[str]) -> Iterator[str]:
         yield f"{name}: torch.distributed is imported in parallel, reshard, train, checkpoint, convert/megatron.py only"
     if here == "convert" and any(_beyond_layout(module) for module in modules):
         yield f"{name}: of reshard, convert sees reshard.layout only"
-    if has(modules, "torch") and (here in {"config", "plan", "cli", "launch", "doctor"} or name in _PURE):
+    if has(modules, "torch") and (here in {"config", "plan", "submit", "cli", "launch", "doctor"} or name in _PURE):
         yield f"{name}: {here} runs without torch"
     if has(modules, "hydra", "omegaconf") and name != "config/load.py":
         yield f"{name}: Hydra is known in config/load.py only"
-    if has(modules, "megatron_rlhf.config.schema.Config") and here not in {"config", "cli", "recipes", "plan"}:
-        yield f"{name}: the whole Config is seen by cli, recipes and plan only; take the part that is needed"
+    whole = {"config", "cli", "recipes", "plan", "submit"}
+    if has(modules, "megatron_rlhf.config.schema.Config") and here not in whole:
+        yield f"{name}: the whole Config is seen by cli, recipes, plan and submit only; take the part that is needed"
     if here == "algorithms":
         allowed = ("torch", "math", "dataclasses", "collections", "typing", "__future__", "functools")
         foreign = {module for module in modules if not has({module}, *allowed, "megatron_rlhf.algorithms")}
@@ -224,7 +226,8 @@ def test_pure_files_exist() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("cli", "launch", "doctor", "config.load", "config.rules", "config.env", "plan.reshard"),
+        *("cli", "launch", "doctor", "config.load", "config.rules", "config.env", "plan.reshard", "submit.command"),
+        *("observe.pulse", "observe.watchdog"),
         *("reshard.layout", "reshard.message", "reshard.plan", "reshard.grouping"),
     ],
 )

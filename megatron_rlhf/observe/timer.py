@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,15 +14,18 @@ class Timer:
     A name entered again adds to its sum, one entered inside itself counts once, one left by an exception counts too.
     """
 
-    def __init__(self) -> None:
-        """No seconds yet."""
+    def __init__(self, entered: Callable[[str], None] | None = None) -> None:
+        """No seconds yet; `entered` hears each name that is entered."""
         self.seconds: dict[str, float] = {}
+        self._entered = entered
         self._depth: Counter[str] = Counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Times the block under `name`."""
         self._depth[name] += 1
+        if self._entered is not None:
+            self._entered(name)
         start = time.perf_counter()
         try:
             yield

@@ -29,10 +29,11 @@ class Needs:
     writes: tuple[str, ...] = ()
 
 
-def check(verb: str, config: Config) -> None:
+def check(verb: str, config: Config, *, made: tuple[str, ...] = ()) -> None:
     """Raises BadInput for what `verb` will read and is missing, malformed, empty or of another vocabulary.
 
-    Nothing is looked at where its results stand already; `prepare` itself reads the source before it writes.
+    The weights of the stages in `made` will be there by then and are not looked at. Nothing is looked at where its
+    results stand already; `prepare` itself reads the source before it writes.
     """
     room = places.data(config)
     prepared = config.checkpoint.resume == "auto" and (room / "prepare.json").exists()
@@ -48,7 +49,7 @@ def check(verb: str, config: Config) -> None:
         for path in (room / f"pretraining.{name}.bin", room / f"pretraining.{name}.idx"):
             if not path.is_file():
                 raise BadInput(f"{path} is missing; megatron-rlhf prepare writes it")
-    for stage in needs.weights:
+    for stage in (stage for stage in needs.weights if stage not in made):
         folder = places.weights(config, stage)
         found = manifest.manifest(folder)
         manifest.check(found, folder, vocabulary=config.model.vocabulary, head=stage == SCALAR)

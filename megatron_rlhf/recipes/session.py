@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
@@ -22,6 +23,7 @@ from megatron_rlhf.config.schema import Config, Model
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe import pulse, watchdog
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.timer import Timer
 from megatron_rlhf.parallel import collectives, cpu, deterministic, grid
@@ -30,7 +32,7 @@ from megatron_rlhf.train.engine import Engine
 
 STOPPED = 75
 _NOT_SAVED = 1
-_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.")
+_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.", "slurm.", "watchdog.")
 """Settings that may differ when a run goes on."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -46,6 +48,12 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+    def over(self) -> None:
+        """Signals have no effect from here on: what they asked for is done, and Python takes its handlers away before
+        the process has ended."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def requested(self) -> bool:
         """Whether any rank was asked. Collective: world."""
@@ -143,6 +151,7 @@ class Session:
     def stopping(self) -> bool:
         """Whether any rank was asked to stop; between two steps, where background saves that are on disk begin to
         count. Collective: world."""
+        pulse.beat()
         for keeper in self.keepers.values():
             keeper.settle()
         return self.stop.requested()
@@ -171,6 +180,7 @@ class Session:
             )
             code = STOPPED
         self.log.close()
+        self.stop.over()
         raise SystemExit(code)
 
     def _keeper(self, stage: str) -> Keeper:
@@ -202,10 +212,11 @@ def start(config: Config, *, writes: bool = True) -> Session:
     out = Path(config.out)
     grid.connect()
     check(config, collectives.world_size())
-    log = Log(out, collectives.rank() == 0)
+    log, stop = Log(out, collectives.rank() == 0), Stop()
     if writes:
         _lock(out, log)
-    return Session(config, out, log, Timer(), Stop())
+        _watch(out, config.watchdog.seconds)
+    return Session(config, out, log, Timer(pulse.enter), stop)
 
 
 def _lock(out: Path, log: Log) -> None:
@@ -218,6 +229,12 @@ def _lock(out: Path, log: Log) -> None:
             refusal = str(error)
     if refusal := collectives.gather_objects(refusal)[0]:
         raise BadInput(refusal)
+
+
+def _watch(out: Path, seconds: float) -> None:
+    """Each rank's watchdog, under a word that this launch alone has. Collective: world."""
+    run = collectives.gather_objects(secrets.token_hex(4))[0]
+    watchdog.start(out, collectives.rank(), collectives.world_size(), run, seconds)
 
 
 def _multiple(config: Config) -> int:
