@@ -11,8 +11,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_rlhf import __version__, doctor, launch
+from megatron_rlhf import __version__, doctor, launch, status
 from megatron_rlhf.config import env
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
@@ -31,6 +32,7 @@ RECIPES = {
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
 PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
+STATUS = "how a run is doing, from its folder: status RUN_DIR [--json]"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
 _EXAMPLES = """\
@@ -90,8 +92,11 @@ def _dispatch(words: Sequence[str]) -> int:
     if verb == "plan":
         sys.stdout.write(_plan(rest))
         return 0
+    if verb == "status":
+        sys.stdout.write(_status(rest))
+        return 0
     if verb not in RECIPES:
-        verbs = ", ".join([*RECIPES, "plan", "doctor"])
+        verbs = ", ".join([*RECIPES, "plan", "status", "doctor"])
         raise BadInput(f"there is no verb '{verb}'; write one of {verbs}, for example megatron-rlhf quickstart")
     return _recipe(verb, _settings(rest))
 
@@ -120,6 +125,14 @@ def _plan(words: Sequence[str]) -> str:
     return text
 
 
+def _status(words: Sequence[str]) -> str:
+    folders = [word for word in words if word != "--json"]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise BadInput("status takes the folder of one run; write for example megatron-rlhf status runs/quickstart")
+    found = status.look(Path(folders[0]))
+    return found.as_json() if "--json" in words else found.as_text()
+
+
 def _settings(words: Sequence[str]) -> list[str]:
     """`key=value` words, with `--out DIR` written as `out=DIR`."""
     settings: list[str] = []
@@ -135,8 +148,12 @@ def _settings(words: Sequence[str]) -> list[str]:
     return settings
 
 
+def _verbs() -> dict[str, str]:
+    return {**RECIPES, "plan": PLAN, "status": STATUS, "doctor": DOCTOR}
+
+
 def _help() -> str:
-    verbs = "".join(f"  {verb:<11} {text}\n" for verb, text in {**RECIPES, "plan": PLAN, "doctor": DOCTOR}.items())
+    verbs = "".join(f"  {verb:<11} {text}\n" for verb, text in _verbs().items())
     return f"Usage: megatron-rlhf VERB [--out DIR] [key=value ...]\n\n{verbs}\n{_EXAMPLES}"
 
 

@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "convert": _ROLES | {"reshard"},  # of reshard its layout only, see below
     "plan": {"config", "observe", "reshard"},
     "doctor": {"config", "observe"},
+    "status": {"config", "observe", "checkpoint"},  # of checkpoint the lock's names, which run without torch
     "launch": {"config"},
     "recipes": _PHASES | {"algorithms", "rollout", "eval", "plan"},
-    "cli": {"config", "observe", "launch", "doctor", "plan"},  # recipes are imported by name, at dispatch
+    "cli": {"config", "observe", "launch", "doctor", "status", "plan"},  # recipes are imported by name, at dispatch
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -54,6 +55,8 @@ _MEGATRON = ("data/pretraining.py", "convert/megatron.py")
 # Files that import inside a function, and the optional package it is for.
 LATE_IMPORTS = {
     "observe/board.py": "tensorboard, whose import pulls in torch",
+    "observe/wandb.py": "wandb, an extra",
+    "observe/mlflow.py": "mlflow, an extra",
     "observe/nemo.py": "nemo-toolkit, whose import takes ten seconds",
     "eval/gold.py": "vaderSentiment and profanity_check, of the quickstart only",
     "recipes/prepare.py": "profanity_check, of the quickstart only",
@@ -114,7 +117,7 @@ def _foreign(name: str, here: str, modules: set[str]) -> Iterator[str]:
         yield f"{name}: torch.distributed is imported in parallel, reshard, train, checkpoint, convert/megatron.py only"
     if here == "convert" and any(_beyond_layout(module) for module in modules):
         yield f"{name}: of reshard, convert sees reshard.layout only"
-    if has(modules, "torch") and (here in {"config", "plan", "cli", "launch", "doctor"} or name in _PURE):
+    if has(modules, "torch") and (here in {"config", "plan", "cli", "launch", "doctor", "status"} or name in _PURE):
         yield f"{name}: {here} runs without torch"
     if has(modules, "hydra", "omegaconf") and name != "config/load.py":
         yield f"{name}: Hydra is known in config/load.py only"
@@ -224,7 +227,8 @@ def test_pure_files_exist() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("cli", "launch", "doctor", "config.load", "config.rules", "config.env", "plan.reshard"),
+        *("cli", "launch", "doctor", "status", "observe.boards", "plan.reshard"),
+        *("config.load", "config.rules", "config.env"),
         *("reshard.layout", "reshard.message", "reshard.plan", "reshard.grouping"),
     ],
 )

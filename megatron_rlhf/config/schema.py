@@ -421,6 +421,17 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Observe:
+    """Where a run's numbers go beside log.jsonl; no setting changes what a run computes."""
+
+    boards: str = "tensorboard"
+    """tensorboard, wandb and mlflow, with commas between, or none; the last two are extras of the same name."""
+    prometheus: str = ""
+    """File ending in .prom that holds the newest row for the textfile collector of Prometheus's node_exporter, a path
+    from the run's folder; empty is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """The machines that a plan is made for, an H100's by default; a run itself asks the machine it is on.
 
@@ -477,5 +488,7 @@ class Config:
     """The phase switch."""
     checkpoint: Checkpoint
     """Saving and resuming."""
+    observe: Observe = field(default_factory=Observe)
+    """Watching a run."""
     cluster: Cluster = field(default_factory=Cluster)
     """What a plan is made for."""

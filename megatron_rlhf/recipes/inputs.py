@@ -13,6 +13,7 @@ from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data import comparison, jsonl, sources
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.observe import boards
 from megatron_rlhf.recipes import places
 
 SCALAR = "reward"
@@ -30,10 +31,12 @@ class Needs:
 
 
 def check(verb: str, config: Config) -> None:
-    """Raises BadInput for what `verb` will read and is missing, malformed, empty or of another vocabulary.
+    """Raises BadInput for what `verb` will read and is missing, malformed, empty or of another vocabulary, and for a
+    board that is not installed.
 
     Nothing is looked at where its results stand already; `prepare` itself reads the source before it writes.
     """
+    boards.check(config.observe)
     room = places.data(config)
     prepared = config.checkpoint.resume == "auto" and (room / "prepare.json").exists()
     if verb == "prepare" or (verb == "quickstart" and not prepared):

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,15 +23,17 @@ from megatron_rlhf.config.schema import Config, Model
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe import boards, stragglers
 from megatron_rlhf.observe.log import Log
+from megatron_rlhf.observe.now import Now
 from megatron_rlhf.observe.timer import Timer
-from megatron_rlhf.parallel import collectives, cpu, deterministic, grid
+from megatron_rlhf.parallel import collectives, cpu, deterministic, grid, waiting
 from megatron_rlhf.recipes import places
 from megatron_rlhf.train.engine import Engine
 
 STOPPED = 75
 _NOT_SAVED = 1
-_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.")
+_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.", "observe.")
 """Settings that may differ when a run goes on."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -64,6 +67,7 @@ class Session:
     keepers: dict[str, Keeper] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     """What a state is of beside the settings: `plan`, the phase switch's, and `weights.STAGE`, those a run reads."""
+    now: Now = field(default_factory=lambda: Now(None))
 
     @property
     def first(self) -> bool:
@@ -147,6 +151,18 @@ class Session:
             keeper.settle()
         return self.stop.requested()
 
+    def slowest(self) -> dict[str, int | float | str]:
+        """Which rank was slow since the last call, under the names of log.jsonl; nothing of a world of one.
+
+        Collective: world.
+        """
+        names, seconds = stragglers.aligned(self.timer.take_own())
+        if collectives.world_size() == 1 or not names:
+            return {}
+        mine = torch.tensor(seconds, dtype=torch.float64, device=collectives.device())
+        found = stragglers.slowest(names, collectives.gather(mine).tolist())
+        return found.row() if found else {}
+
     def settle(self) -> None:
         """Wait for background saves; before the roles of a stage are freed. Collective: world."""
         for keeper in self.keepers.values():
@@ -197,15 +213,18 @@ def start(config: Config, *, writes: bool = True) -> Session:
     Collective: world.
     """
     cpu.install()
+    waiting.install()
     if config.compute.deterministic:
         deterministic.install()
     out = Path(config.out)
     grid.connect()
     check(config, collectives.world_size())
-    log = Log(out, collectives.rank() == 0)
+    first = collectives.rank() == 0
+    log = Log(out, first, partial(boards.opened, config.observe))
     if writes:
         _lock(out, log)
-    return Session(config, out, log, Timer(), Stop())
+    now = Now(out if first and writes else None, {"world": collectives.world_size()})
+    return Session(config, out, log, Timer(waiting.seconds, now.phase), Stop(), now=now)
 
 
 def _lock(out: Path, log: Log) -> None:
