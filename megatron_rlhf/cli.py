@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlhf import __version__, doctor, launch, status
+from megatron_rlhf import __version__, doctor, launch, status, sweep
 from megatron_rlhf.config import env
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
@@ -32,6 +32,7 @@ RECIPES = {
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
 PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
+REPORT = "table and pictures of a sweep: report scaling DIR"
 STATUS = "how a run is doing, from its folder: status RUN_DIR [--json]"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
@@ -40,6 +41,7 @@ Examples:
   megatron-rlhf quickstart --out runs/quickstart
   megatron-rlhf ppo experiment=quickstart ppo.kl.coef=0.02 'layout.policy=tp2 pp2'
   srun megatron-rlhf sft experiment=instructgpt_1b3 out=/scratch/run1
+  megatron-rlhf ppo --multirun experiment=quickstart scaling=laptop_strong checkpoint.untrained=true out=runs/strong
   megatron-rlhf plan --reshard-only model=gpt_13b 'layout.policy=tp8 pp4 dp2' 'layout.generate=tp8' cluster=h100
 
 A recipe that needs several ranks starts them on this machine, unless torchrun or srun started it as one of them.
@@ -95,9 +97,13 @@ def _dispatch(words: Sequence[str]) -> int:
     if verb == "status":
         sys.stdout.write(_status(rest))
         return 0
+    if verb == "report":
+        return _report(rest)
     if verb not in RECIPES:
-        verbs = ", ".join([*RECIPES, "plan", "status", "doctor"])
+        verbs = ", ".join([*RECIPES, "plan", "report", "status", "doctor"])
         raise BadInput(f"there is no verb '{verb}'; write one of {verbs}, for example megatron-rlhf quickstart")
+    if "--multirun" in rest:
+        return sweep.run(verb, _settings([word for word in rest if word != "--multirun"]))
     return _recipe(verb, _settings(rest))
 
 
@@ -133,6 +139,13 @@ def _status(words: Sequence[str]) -> str:
     return found.as_json() if "--json" in words else found.as_text()
 
 
+def _report(words: Sequence[str]) -> int:
+    if len(words) != 2 or words[0] != "scaling" or words[1].startswith("-"):
+        raise BadInput("report knows the scaling of a sweep; write for example megatron-rlhf report scaling runs/sweep")
+    importlib.import_module("megatron_rlhf.eval.scaling").report(Path(words[1]))
+    return 0
+
+
 def _settings(words: Sequence[str]) -> list[str]:
     """`key=value` words, with `--out DIR` written as `out=DIR`."""
     settings: list[str] = []
@@ -149,7 +162,7 @@ def _settings(words: Sequence[str]) -> list[str]:
 
 
 def _verbs() -> dict[str, str]:
-    return {**RECIPES, "plan": PLAN, "status": STATUS, "doctor": DOCTOR}
+    return {**RECIPES, "plan": PLAN, "report": REPORT, "status": STATUS, "doctor": DOCTOR}
 
 
 def _help() -> str:

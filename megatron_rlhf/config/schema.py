@@ -416,6 +416,8 @@ class Checkpoint:
     """The state that is best by a number of log.jsonl is kept too, for example max score; empty is none."""
     verify: str = "digest"
     """What is looked at before a state or weights are read: digest (the content of every file) or size."""
+    untrained: bool = False
+    """Whether PPO starts from initial weights and reads none of earlier stages: to measure how fast it is."""
     allow: str = ""
     """Settings that may differ from those a state was saved with, for example ppo.clip,adam.clip."""
 

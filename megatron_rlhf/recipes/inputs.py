@@ -58,7 +58,7 @@ def check(verb: str, config: Config) -> None:
 
 
 def _needs(config: Config) -> dict[str, Needs]:
-    held_out = ("prompts.test", "demonstrations.valid")
+    held_out, untrained = ("prompts.test", "demonstrations.valid"), config.checkpoint.untrained
     return {
         "pretrain": Needs(text=("train", "valid"), writes=("pretrain",)),
         "sft": Needs(
@@ -68,7 +68,7 @@ def _needs(config: Config) -> dict[str, Needs]:
         "reward": Needs(
             ("rankings.train", "rankings.valid", "demonstrations.train"), weights=("sft",), writes=("reward",)
         ),
-        "ppo": Needs(("prompts.train",), ("train",), ("rl_start", SCALAR), ("ppo",)),
+        "ppo": Needs(("prompts.train",), ("train",), () if untrained else ("rl_start", SCALAR), ("ppo",)),
         "sample": Needs(("prompts.test",), weights=("ppo",)),
         "evaluate": Needs(held_out, ("valid",), ("pretrain", "sft", "ppo", SCALAR)),
     }

@@ -262,6 +262,10 @@ def _generate(run: Session) -> Layout:
 
 
 def _loaded(run: Session, network: Network, stage: str) -> Network:
+    """The network with a stage's weights, or its initial ones where nothing is to be learned. Collective: world."""
+    if run.config.checkpoint.untrained:
+        run.pinned[f"weights.{stage}"] = "untrained"
+        return network
     found = run.fill(network, run.weights(stage))
     run.pinned[f"weights.{stage}"] = str(found.get("seal"))[:16]
     return network
