@@ -233,11 +233,15 @@ def _run(command: list[str]) -> None:
 
 
 # configs/ stands beside the package, where people look for it; a wheel carries it as megatron_rlhf/configs, so that it
-# never lands in site-packages under a name as common as "configs". config/load.py looks in both places.
+# never lands in site-packages under a name as common as "configs". config/load.py looks in both places. So it is with
+# slurm/ and submit/script.py.
 setup(
-    packages=[*find_packages(include=["megatron_rlhf", "megatron_rlhf.*"]), "megatron_rlhf.configs"],
-    package_dir={"megatron_rlhf.configs": "configs"},
-    package_data={"megatron_rlhf.configs": ["**/*.yaml"]},
+    packages=[
+        *find_packages(include=["megatron_rlhf", "megatron_rlhf.*"]),
+        *("megatron_rlhf.configs", "megatron_rlhf.slurm"),
+    ],
+    package_dir={"megatron_rlhf.configs": "configs", "megatron_rlhf.slurm": "slurm"},
+    package_data={"megatron_rlhf.configs": ["**/*.yaml"], "megatron_rlhf.slurm": ["*.sh", "*.sbatch"]},
     ext_modules=[Extension(NAME, sources=[])],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -1,6 +1,7 @@
 """The command line: one verb a recipe, `key=value` words, exit codes.
 
-0 done; 1 a crash, with its traceback; 2 bad input, one sentence; 75 stopped by a signal after saving: submit again.
+0 done; 1 a crash, with its traceback; 2 bad input, one sentence; 75 stopped by a signal after saving: submit again;
+76 ended by the watchdog, the last state saved stands: submit again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ RECIPES = {
 PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
 REPORT = "table and pictures of a sweep: report scaling DIR"
 STATUS = "how a run is doing, from its folder: status RUN_DIR [--json]"
+SUBMIT = "a recipe, or pipeline (sft, reward, ppo), as SLURM jobs: submit NAME [--dry-run] [--yes]"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
 _EXAMPLES = """\
@@ -42,11 +44,13 @@ Examples:
   megatron-rlhf ppo experiment=quickstart ppo.kl.coef=0.02 'layout.policy=tp2 pp2'
   srun megatron-rlhf sft experiment=instructgpt_1b3 out=/scratch/run1
   megatron-rlhf ppo --multirun experiment=quickstart scaling=laptop_strong checkpoint.untrained=true out=runs/strong
+  megatron-rlhf submit ppo experiment=instructgpt_1b3 layout=8gpu out=/scratch/run1 slurm.partition=gpu --dry-run
   megatron-rlhf plan --reshard-only model=gpt_13b 'layout.policy=tp8 pp4 dp2' 'layout.generate=tp8' cluster=h100
 
 A recipe that needs several ranks starts them on this machine, unless torchrun or srun started it as one of them.
-experiment=, model=, model@reward_model=, layout= and cluster= choose a file of configs/; key=value sets one setting.
-Exit codes: 0 done; 1 crashed; 2 bad input; 75 stopped by a signal after saving, submit again.
+experiment=, model=, model@reward_model=, layout=, cluster= and slurm= choose a file of configs/, key=value sets one
+setting.
+Exit codes: 0 done; 1 crashed; 2 bad input; 75 stopped by a signal after saving, 76 by the watchdog, submit again.
 """
 # Longer than the launcher needs to end the ranks that outlive the first failure (launch.py: 2 s).
 _LATER_SECONDS = 4.0
@@ -94,13 +98,16 @@ def _dispatch(words: Sequence[str]) -> int:
     if verb == "plan":
         sys.stdout.write(_plan(rest))
         return 0
+    if verb == "submit":
+        sys.stdout.write(_submit(rest))
+        return 0
     if verb == "status":
         sys.stdout.write(_status(rest))
         return 0
     if verb == "report":
         return _report(rest)
     if verb not in RECIPES:
-        verbs = ", ".join([*RECIPES, "plan", "report", "status", "doctor"])
+        verbs = ", ".join(_verbs())
         raise BadInput(f"there is no verb '{verb}'; write one of {verbs}, for example megatron-rlhf quickstart")
     if "--multirun" in rest:
         return sweep.run(verb, _settings([word for word in rest if word != "--multirun"]))
@@ -146,6 +153,16 @@ def _report(words: Sequence[str]) -> int:
     return 0
 
 
+def _submit(words: Sequence[str]) -> str:
+    command = importlib.import_module("megatron_rlhf.submit.command")
+    flags = [word for word in words if word in command.FLAGS]
+    settings = _settings([word for word in words if word not in flags])
+    names = [word for word in settings if "=" not in word]
+    ready = importlib.import_module("megatron_rlhf.recipes.inputs").check
+    text: str = command.submit(names, [word for word in settings if "=" in word], flags, ready)
+    return text
+
+
 def _settings(words: Sequence[str]) -> list[str]:
     """`key=value` words, with `--out DIR` written as `out=DIR`."""
     settings: list[str] = []
@@ -162,7 +179,7 @@ def _settings(words: Sequence[str]) -> list[str]:
 
 
 def _verbs() -> dict[str, str]:
-    return {**RECIPES, "plan": PLAN, "report": REPORT, "status": STATUS, "doctor": DOCTOR}
+    return {**RECIPES, "plan": PLAN, "submit": SUBMIT, "status": STATUS, "report": REPORT, "doctor": DOCTOR}
 
 
 def _help() -> str:

@@ -43,12 +43,14 @@ MAY_IMPORT = {
     "status": {"config", "observe", "checkpoint"},  # of checkpoint the lock's names, which run without torch
     "sweep": {"config", "observe", "launch", "plan"},
     "launch": {"config"},
+    "submit": {"config", "observe", "plan"},
     "recipes": _PHASES | {"algorithms", "rollout", "eval", "plan"},
-    "cli": {"config", "observe", "launch", "doctor", "status", "sweep", "plan"},  # recipes by name, at dispatch
+    # recipes, submit and eval by name, at dispatch
+    "cli": {"config", "observe", "launch", "doctor", "status", "sweep", "plan", "submit"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-_LIGHT = {"config", "plan", "cli", "launch", "doctor", "status", "sweep"}
+_LIGHT = {"config", "plan", "submit", "cli", "launch", "doctor", "status", "sweep"}
 # Files outside the rooms without torch that are without it too.
 _PURE = {f"reshard/{name}.py" for name in (
     "layout", "message", "topology", "shares", "deal", "routes", "rounds", "grouping", "bound", "plan")}  # fmt: skip
@@ -123,8 +125,9 @@ def _foreign(name: str, here: str, modules: set[str]) -> Iterator[str]:
         yield f"{name}: {here} runs without torch"
     if has(modules, "hydra", "omegaconf") and name not in ("config/load.py", "config/multirun.py"):
         yield f"{name}: Hydra is known in config/load.py and multirun.py only"
-    if has(modules, "megatron_rlhf.config.schema.Config") and here not in {"config", "cli", "sweep", "recipes", "plan"}:
-        yield f"{name}: the whole Config is seen by cli, recipes and plan only; take the part that is needed"
+    whole = {"config", "cli", "sweep", "recipes", "plan", "submit"}
+    if has(modules, "megatron_rlhf.config.schema.Config") and here not in whole:
+        yield f"{name}: the whole Config is seen by {', '.join(sorted(whole))} only; take the part that is needed"
     if here == "algorithms":
         allowed = ("torch", "math", "dataclasses", "collections", "typing", "__future__", "functools")
         foreign = {module for module in modules if not has({module}, *allowed, "megatron_rlhf.algorithms")}
@@ -229,8 +232,8 @@ def test_pure_files_exist() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("cli", "launch", "doctor", "status", "observe.boards", "plan.reshard"),
-        *("config.load", "config.rules", "config.env"),
+        *("cli", "launch", "doctor", "status", "sweep", "config.load", "config.rules", "config.env", "plan.reshard"),
+        *("observe.boards", "observe.pulse", "observe.watchdog", "submit.command"),
         *("reshard.layout", "reshard.message", "reshard.plan", "reshard.grouping"),
     ],
 )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_rlhf.observe.pulse import beat
+
 _BLOCK = 8 << 20
 
 Digests = dict[str, dict[str, Any]]
@@ -32,6 +34,7 @@ class Hashing:
 
     def write(self, data: Any) -> int:
         """The length of `data`, which is on its way to the file."""
+        beat()
         length = memoryview(data).nbytes
         if self.error is None:
             try:
@@ -75,6 +78,7 @@ def of(path: Path) -> dict[str, Any]:
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
+            beat()
             found.update(block)
     return {"bytes": path.stat().st_size, "sha256": found.hexdigest()}
 

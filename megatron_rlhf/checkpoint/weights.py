@@ -25,6 +25,7 @@ from megatron_rlhf.checkpoint.pieces import VOCABULARY, with_rows
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.models.names import Split
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe.pulse import beat
 from megatron_rlhf.parallel import collectives
 
 
@@ -64,6 +65,7 @@ def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = (), digests
     _verify(folder, found["digests"], digests=digests)
     files: dict[str, dict[str, Tensor]] = {}
     for name, parameter in network.parameters.items():
+        beat()
         if name in fresh:
             continue
         entry = found["tensors"][name]

@@ -30,7 +30,9 @@ _KINDS = {
 }
 
 # groups that stand in no file's defaults: the schema's own values are one of their choices
-_ADDED = ("cluster", "scaling")
+_ADDED = ("cluster", "slurm", "scaling")
+# groups that take a file of settings too, by its path
+_FILES = ("model", "slurm")
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -142,8 +144,8 @@ def _kinds(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if not sign or not key:
             raise BadInput(f"'{word}' is no setting; write key=value, for example ppo.iterations=20")
         group, _, section = key.partition("@")
-        if group == "model" and value.endswith(".yaml"):
-            settings.extend(_settings(section or group, Path(value)))
+        if group in _FILES and value.endswith(".yaml"):
+            settings.extend(_settings(group, section or group, Path(value)))
         elif group in _groups():
             groups.append(_chosen(key, group, value))
         elif key in _leaves(Config) or key in _sections(Config):
@@ -174,14 +176,14 @@ def _chosen(key: str, group: str, value: str) -> str:
     return f"{added}{group if key == f'{group}@{group}' else key}={value}"
 
 
-def _settings(section: str, path: Path) -> list[tuple[str, str]]:
+def _settings(group: str, section: str, path: Path) -> list[tuple[str, str]]:
     """The settings of a file such as the model.yaml beside converted weights, as words of `section`."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
     except (OmegaConfBaseException, YAMLError, UnicodeError, OSError) as error:
         raise BadInput(f"{path} is no YAML of settings: {_sentence(error)}") from error
     if not isinstance(values, dict):
-        raise BadInput(f"{path} is no file of settings; write {section}={choices('model')[0]}, or a file's path")
+        raise BadInput(f"{path} is no file of settings; write {section}={choices(group)[0]}, or a file's path")
     found = {key: _word(value) for key, value in _flat(values, section).items()}
     for key in found:
         if key not in _leaves(Config):

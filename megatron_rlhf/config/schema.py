@@ -451,6 +451,52 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slurm:
+    """What `submit` asks SLURM for, and what a job does before its ranks start."""
+
+    partition: str = ""
+    """Partition; empty is SLURM's default."""
+    account: str = ""
+    """Account that pays; empty is SLURM's default."""
+    qos: str = ""
+    """Quality of service; empty is SLURM's default."""
+    time: str = "24:00:00"
+    """Walltime as SLURM writes it, for example 2-00:00:00 for two days."""
+    nodes: int = 0
+    """Nodes; 0 is what the ranks need."""
+    tasks: int = 0
+    """Ranks a node; 0 is one a GPU (cluster.node), or all ranks where they are fewer."""
+    gpus: int = -1
+    """GPUs a node; -1 is one a rank, 0 asks for none."""
+    cpus: int = 0
+    """CPUs a rank; 0 is SLURM's default."""
+    signal: int = 600
+    """Seconds before the walltime at which the run saves and is queued again."""
+    attempts: int = 3
+    """Starts in a row without a new state after which the job is not queued again."""
+    container: str = ""
+    """Image that the ranks run in, pyxis:IMAGE or apptainer:IMAGE; empty is none."""
+    mounts: str = ""
+    """Folders that the container sees, as its own option takes them, for example /scratch:/scratch,/data:/data."""
+    modules: str = ""
+    """Modules to load, for example cuda/12.8 nccl/2.27."""
+    setup: str = ""
+    """A shell line that each job runs first, for example source /home/me/venv/bin/activate."""
+    options: str = ""
+    """Further options of sbatch, separated by semicolons, for example --exclusive; --mem=0."""
+    python: str = ""
+    """Python that the ranks run; empty is the one that submits, in a container python3."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watchdog:
+    """What ends a run that hangs."""
+
+    seconds: float = 600.0
+    """Seconds in which no rank moves on after which all write their stacks and end with 76; 0 is never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -494,3 +540,7 @@ class Config:
     """Watching a run."""
     cluster: Cluster = field(default_factory=Cluster)
     """What a plan is made for."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """What a job asks for."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Hangs."""

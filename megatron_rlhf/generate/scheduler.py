@@ -32,6 +32,7 @@ from torch import Tensor
 from megatron_rlhf.generate.group import Group
 from megatron_rlhf.generate.sampling import Draw, draw
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe.pulse import beat
 from megatron_rlhf.parallel import collectives
 
 
@@ -84,6 +85,7 @@ class _Stage:
 
     def begin(self, group: Group) -> Step:
         """A step of the group through this stage; its tokens are still under way. Collective: tp, pp."""
+        beat()
         slot, self._slot = self._slot, self._slot + 1
         live_b = group.live_b
         hidden = self._received(group.shape)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron_rlhf.algorithms.schedule import multiplier
 from megatron_rlhf.config.schema import Learning
+from megatron_rlhf.observe import pulse
 from megatron_rlhf.observe.progress import Progress
 from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.recipes.session import Session
@@ -54,6 +55,7 @@ def learn(session: Session, lesson: Lesson) -> Stats:
     session.now.stage(lesson.stage, lesson.steps, start)
     with Progress(session.first, lesson.steps, lesson.stage, done=start) as progress:
         for step in range(start, lesson.steps):
+            pulse.at(lesson.stage, step)
             stats = _step(session, lesson, step)
             if step >= lesson.steps * 9 // 10:
                 late += stats

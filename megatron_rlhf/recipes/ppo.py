@@ -22,6 +22,7 @@ from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import roles
 from megatron_rlhf.models.exact_kl import ExactKl
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe import pulse
 from megatron_rlhf.observe.memory import peak_bytes
 from megatron_rlhf.observe.progress import Progress
 from megatron_rlhf.observe.stats import Stats
@@ -190,6 +191,7 @@ def train(run: Session) -> dict[str, float]:
     run.now.stage(STAGE, ppo.ppo.iterations, ppo.iteration)
     with Progress(run.first, ppo.ppo.iterations, STAGE, done=ppo.iteration) as progress:
         while ppo.iteration < ppo.ppo.iterations:
+            pulse.at(STAGE, ppo.iteration)
             ppo.began = time.monotonic() - ppo.flight.elapsed
             stats = step(ppo)
             ppo.iteration += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
@@ -23,7 +24,7 @@ from megatron_rlhf.config.schema import Config, Model
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.observe import boards, stragglers
+from megatron_rlhf.observe import boards, pulse, stragglers, watchdog
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.now import Now
 from megatron_rlhf.observe.timer import Timer
@@ -33,7 +34,7 @@ from megatron_rlhf.train.engine import Engine
 
 STOPPED = 75
 _NOT_SAVED = 1
-_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.", "observe.")
+_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.", "observe.", "slurm.", "watchdog.")
 """Settings that may differ when a run goes on."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -49,6 +50,12 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+    def over(self) -> None:
+        """Signals have no effect from here on: what they asked for is done, and Python takes its handlers away before
+        the process has ended."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def requested(self) -> bool:
         """Whether any rank was asked. Collective: world."""
@@ -147,6 +154,7 @@ class Session:
     def stopping(self) -> bool:
         """Whether any rank was asked to stop; between two steps, where background saves that are on disk begin to
         count. Collective: world."""
+        pulse.beat()
         for keeper in self.keepers.values():
             keeper.settle()
         return self.stop.requested()
@@ -187,6 +195,7 @@ class Session:
             )
             code = STOPPED
         self.log.close()
+        self.stop.over()
         raise SystemExit(code)
 
     def _keeper(self, stage: str) -> Keeper:
@@ -220,11 +229,17 @@ def start(config: Config, *, writes: bool = True) -> Session:
     grid.connect()
     check(config, collectives.world_size())
     first = collectives.rank() == 0
-    log = Log(out, first, partial(boards.opened, config.observe))
+    log, stop = Log(out, first, partial(boards.opened, config.observe)), Stop()
     if writes:
         _lock(out, log)
+        _watch(out, config.watchdog.seconds)
     now = Now(out if first and writes else None, {"world": collectives.world_size()})
-    return Session(config, out, log, Timer(waiting.seconds, now.phase), Stop(), now=now)
+
+    def entered(phase: str) -> None:
+        pulse.enter(phase)
+        now.phase(phase)
+
+    return Session(config, out, log, Timer(waiting.seconds, entered), stop, now=now)
 
 
 def _lock(out: Path, log: Log) -> None:
@@ -237,6 +252,12 @@ def _lock(out: Path, log: Log) -> None:
             refusal = str(error)
     if refusal := collectives.gather_objects(refusal)[0]:
         raise BadInput(refusal)
+
+
+def _watch(out: Path, seconds: float) -> None:
+    """Each rank's watchdog, under a word that this launch alone has. Collective: world."""
+    run = collectives.gather_objects(secrets.token_hex(4))[0]
+    watchdog.start(out, collectives.rank(), collectives.world_size(), run, seconds)
 
 
 def _multiple(config: Config) -> int:

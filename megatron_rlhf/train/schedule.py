@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_rlhf.models.transformer import Network
+from megatron_rlhf.observe.pulse import beat
 from megatron_rlhf.parallel.collectives import device
 from megatron_rlhf.train.microbatch import Part, positions, segments, tokens
 
@@ -35,6 +36,7 @@ def run(
         raise RuntimeError("interleaved stages with these sends would give wrong gradients without a word")
 
     def step(queue: Iterator[Part], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        beat()
         part = next(queue)
         tokens_cS, positions_cS, segments_cS = _inputs(part)
         output = stage(tokens_cS, positions_cS, attention_mask=segments_cS)

@@ -54,6 +54,9 @@ class Signals:
     def __init__(self, at: int = 0) -> None:
         self.left = at
 
+    def over(self) -> None:
+        """Nothing to take away."""
+
     def requested(self) -> bool:
         self.left -= 1
         return any_rank(self.left == 0)
