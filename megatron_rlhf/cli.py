@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlhf import __version__, doctor, launch, status, sweep
+from megatron_rlhf import __version__, doctor, launch, status
 from megatron_rlhf.config import env
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
@@ -110,7 +110,8 @@ def _dispatch(words: Sequence[str]) -> int:
         verbs = ", ".join(_verbs())
         raise BadInput(f"there is no verb '{verb}'; write one of {verbs}, for example megatron-rlhf quickstart")
     if "--multirun" in rest:
-        return sweep.run(verb, _settings([word for word in rest if word != "--multirun"]))
+        settings = _settings([word for word in rest if word != "--multirun"])
+        return int(importlib.import_module("megatron_rlhf.sweep").run(verb, settings))
     return _recipe(verb, _settings(rest))
 
 

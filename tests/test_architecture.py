@@ -45,8 +45,8 @@ MAY_IMPORT = {
     "launch": {"config"},
     "submit": {"config", "observe", "plan"},
     "recipes": _PHASES | {"algorithms", "rollout", "eval", "plan"},
-    # recipes, submit and eval by name, at dispatch
-    "cli": {"config", "observe", "launch", "doctor", "status", "sweep", "plan", "submit"},
+    # what is heavier is imported by name, at dispatch
+    "cli": {"config", "observe", "launch", "doctor", "status", "plan"},
     "__main__": {"cli"},
     "__init__": set(),
 }
