@@ -41,6 +41,11 @@ class Entry:
         return number(self.settings.get(WORK.get(str(self.measured.get("phase")), "")))
 
     @property
+    def ranks(self) -> str:
+        """How many ranks it has, in words."""
+        return f"{self.world} rank{'s' if self.world != 1 else ''}"
+
+    @property
     def settings(self) -> Row:
         """Every setting of the run by its key."""
         return mapping(self.plan.get("settings"))
@@ -87,7 +92,8 @@ class Curve:
         """What stays equal along it."""
         first = self.entries[0]
         amount = first.work / first.world if self.weak else first.work
-        return f"{amount:g} {'a rank' if self.weak else 'a step'}"
+        unit = "episodes" if first.measured.get("phase") == "ppo" else "rows"
+        return f"{amount:g} {unit} {'a rank' if self.weak else 'a step'}"
 
     def efficiency(self, entry: Entry) -> float:
         """1 where time falls with the ranks (strong) or stands (weak), measured from the first point."""

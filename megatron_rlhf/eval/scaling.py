@@ -118,7 +118,9 @@ def _points(entries: Sequence[Entry]) -> str:
                 "–" if entry.price is None else f"{entry.price:.4g}",
             ]
         )
-    return table(head, lines)
+    # a column in which nothing is known is left out
+    told = [place for place in range(len(head)) if any(line[place] != "–" for line in lines)]
+    return table([head[place] for place in told], [[line[place] for place in told] for line in lines])
 
 
 def _curve(curve: Curve) -> str:

@@ -64,7 +64,7 @@ def phases(entries: Sequence[Entry]) -> Figure | None:
         bars = range(len(entries))
         axes.barh(bars, widths, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.66, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(entries)), [f"{_short(entry)}\n{entry.world} ranks" for entry in entries], fontsize=8)
+    axes.set_yticks(range(len(entries)), [f"{_short(entry)}\n{entry.ranks}" for entry in entries], fontsize=8)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set(xlabel="seconds a step")

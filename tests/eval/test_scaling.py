@@ -51,8 +51,8 @@ def test_strong_and_weak_efficiency(tmp_path: Path) -> None:
     curves = numbers(sweep(tmp_path, *rows))["curves"]
     found = {(c["kind"], c["equal"]): {p["ranks"]: p["efficiency"] for p in c["points"]} for c in curves}
     assert found == {
-        ("strong", "64 a step"): {1: 1.0, 2: pytest.approx(0.8), 4: pytest.approx(0.8)},
-        ("weak", "64 a rank"): {1: 1.0, 2: pytest.approx(0.8), 4: pytest.approx(0.64)},
+        ("strong", "64 episodes a step"): {1: 1.0, 2: pytest.approx(0.8), 4: pytest.approx(0.8)},
+        ("weak", "64 episodes a rank"): {1: 1.0, 2: pytest.approx(0.8), 4: pytest.approx(0.64)},
     }
 
 

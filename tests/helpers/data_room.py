@@ -14,7 +14,7 @@ SETTINGS = (
     *(f"{model}.vocabulary={VOCABULARY}" for model in ("model", "reward_model")),
     *(f"{model}.{size}" for model in ("model", "reward_model") for size in ("layers=2", "hidden=32", "heads=4")),
     *("data.max_prompt_tokens=16", "sampling.max_tokens=8", "sampling.batch=8", "pretrain.length=16"),
-    *("ppo.iterations=3", "ppo.episodes=8", "ppo.minibatches=2", "ppo.policy.warmup=1"),
+    *("ppo.iterations=3", "ppo.policy.warmup=1"),
 )
 """Settings of a run that reads it."""
 _WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]

@@ -26,6 +26,7 @@ from tests.helpers import data_room
 from tests.helpers.grid import on_grid
 
 SLOW, DELAY = 2, 0.8
+SMALL = ("ppo.episodes=8", "ppo.minibatches=2")
 
 
 class Never:
@@ -40,7 +41,9 @@ def test_a_slow_rank_is_named_with_its_phase(tmp_path: Path) -> None:
     """Every rank shares its tensors or its stage with the slow one, so that all wait inside the phase."""
     waiting.install()
     first = dist.get_rank() == 0
-    config = load("ppo", [*data_room.SETTINGS, f"out={tmp_path / 'run'}", f"data.directory={tmp_path / 'data'}"])
+    config = load(
+        "ppo", [*data_room.SETTINGS, *SMALL, f"out={tmp_path / 'run'}", f"data.directory={tmp_path / 'data'}"]
+    )
     now = Now(tmp_path / "run" if first else None, {"world": 4})
     run = Session(config, tmp_path / "run", Log(tmp_path / "run", first), Timer(waiting.seconds, now.phase), Never())
     object.__setattr__(run, "now", now)
