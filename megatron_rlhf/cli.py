@@ -13,9 +13,10 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from megatron_rlhf import __version__, doctor, launch
+from megatron_rlhf import __version__, doctor, launch, status
 from megatron_rlhf.config import env
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
@@ -34,6 +35,8 @@ RECIPES = {
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
 PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
+REPORT = "table and pictures of a sweep: report scaling DIR"
+STATUS = "how a run is doing, from its folder: status RUN_DIR [--json]"
 SUBMIT = "a recipe, or pipeline (sft, reward, ppo), as SLURM jobs: submit NAME [--dry-run] [--yes]"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
@@ -42,6 +45,7 @@ Examples:
   megatron-rlhf quickstart --out runs/quickstart
   megatron-rlhf ppo experiment=quickstart ppo.kl.coef=0.02 'layout.policy=tp2 pp2'
   srun megatron-rlhf sft experiment=instructgpt_1b3 out=/scratch/run1
+  megatron-rlhf ppo --multirun experiment=quickstart scaling=laptop_strong checkpoint.untrained=true out=runs/strong
   megatron-rlhf submit ppo experiment=instructgpt_1b3 layout=8gpu out=/scratch/run1 slurm.partition=gpu --dry-run
   megatron-rlhf plan --reshard-only model=gpt_13b 'layout.policy=tp8 pp4 dp2' 'layout.generate=tp8' cluster=h100
 
@@ -117,9 +121,17 @@ def _dispatch(words: Sequence[str]) -> int:
     if verb == "submit":
         sys.stdout.write(_submit(rest))
         return 0
+    if verb == "status":
+        sys.stdout.write(_status(rest))
+        return 0
+    if verb == "report":
+        return _report(rest)
     if verb not in RECIPES:
-        verbs = ", ".join([*RECIPES, "plan", "submit", "doctor"])
+        verbs = ", ".join(_verbs())
         raise BadInput(f"there is no verb '{verb}'; write one of {verbs}, for example megatron-rlhf quickstart")
+    if "--multirun" in rest:
+        settings = _settings([word for word in rest if word != "--multirun"])
+        return int(importlib.import_module("megatron_rlhf.sweep").run(verb, settings))
     return _recipe(verb, _settings(rest))
 
 
@@ -147,6 +159,21 @@ def _plan(words: Sequence[str]) -> str:
     return text
 
 
+def _status(words: Sequence[str]) -> str:
+    folders = [word for word in words if word != "--json"]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise BadInput("status takes the folder of one run; write for example megatron-rlhf status runs/quickstart")
+    found = status.look(Path(folders[0]))
+    return found.as_json() if "--json" in words else found.as_text()
+
+
+def _report(words: Sequence[str]) -> int:
+    if len(words) != 2 or words[0] != "scaling" or words[1].startswith("-"):
+        raise BadInput("report knows the scaling of a sweep; write for example megatron-rlhf report scaling runs/sweep")
+    importlib.import_module("megatron_rlhf.eval.scaling").report(Path(words[1]))
+    return 0
+
+
 def _submit(words: Sequence[str]) -> str:
     command = importlib.import_module("megatron_rlhf.submit.command")
     flags = [word for word in words if word in command.FLAGS]
@@ -172,10 +199,13 @@ def _settings(words: Sequence[str]) -> list[str]:
     return settings
 
 
+def _verbs() -> dict[str, str]:
+    return {**RECIPES, "plan": PLAN, "submit": SUBMIT, "status": STATUS, "report": REPORT, "doctor": DOCTOR}
+
+
 def _help() -> str:
-    verbs = {**RECIPES, "plan": PLAN, "submit": SUBMIT, "doctor": DOCTOR}
-    listed = "".join(f"  {verb:<11} {text}\n" for verb, text in verbs.items())
-    return f"Usage: megatron-rlhf VERB [--out DIR] [key=value ...]\n\n{listed}\n{_EXAMPLES}"
+    verbs = "".join(f"  {verb:<11} {text}\n" for verb, text in _verbs().items())
+    return f"Usage: megatron-rlhf VERB [--out DIR] [key=value ...]\n\n{verbs}\n{_EXAMPLES}"
 
 
 def _leave(code: int, message: str, later: bool = False) -> int:

@@ -124,5 +124,8 @@ PARTS = [
     Part("vaderSentiment", _package("vaderSentiment", "vaderSentiment"), "the quickstart's labeler"),
     Part("profanity check", _package("alt-profanity-check", "profanity_check"), "the quickstart's labeler"),
     Part("chitchat data", _package("chitchat-dataset", "chitchat_dataset"), "the quickstart's corpus"),
+    Part("wandb", _package("wandb", "wandb"), "observe.boards=wandb (extra wandb)"),
+    Part("mlflow", _package("mlflow", "mlflow"), "observe.boards=mlflow (extra mlflow)"),
+    Part("submitit", _package("hydra-submitit-launcher", "submitit"), "sweeps as SLURM jobs (extra slurm)", ">=1.2"),
     Part("slurm", _program("srun"), "starting ranks with srun; torchrun works"),
 ]

@@ -30,7 +30,7 @@ _KINDS = {
 }
 
 # groups that stand in no file's defaults: the schema's own values are one of their choices
-_ADDED = ("cluster", "slurm")
+_ADDED = ("cluster", "slurm", "scaling")
 # groups that take a file of settings too, by its path
 _FILES = ("model", "slurm")
 
@@ -51,6 +51,17 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         raise BadInput(f"{recipe}: {_sentence(error)}") from error
 
 
+def hydra_words(word: str) -> list[str]:
+    """A `key=value` word as Hydra's own grammar takes it, several for a file of settings.
+
+    Raises BadInput for an unknown key or choice.
+    """
+    groups, settings = _kinds([word])
+    return groups + [
+        f"++{key}={_quoted(value) if _leaves(Config).get(key) is str else value}" for key, value in settings
+    ]
+
+
 def directory() -> Path:
     """The folder of the YAML files: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parents[1]
@@ -59,8 +70,10 @@ def directory() -> Path:
 
 
 def choices(group: str) -> list[str]:
-    """The names a group such as `layout` offers, sorted."""
-    return sorted(file.stem for file in (directory() / group).glob("*.yaml"))
+    """The names a group such as `layout` offers, sorted; with their folder those of `scaling`."""
+    folder = directory() / group
+    nested = folder.rglob("*.yaml") if group == "scaling" else folder.glob("*.yaml")
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in nested)
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -117,7 +130,13 @@ def _value(kind: Any, item: Field[Any], values: Mapping[Any, Any], path: str) ->
     return value
 
 
-def _sorted(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _kinds(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words that choose a group's file, as Hydra writes them, and the settings."""
     groups: list[str] = []
     settings: list[tuple[str, str]] = []
     for word in overrides:
@@ -133,6 +152,11 @@ def _sorted(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[tupl
             settings.append((key, value))
         else:
             raise BadInput(_unknown(key))
+    return groups, settings
+
+
+def _sorted(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    groups, settings = _kinds(overrides)
     if recipe not in choices("."):
         raise BadInput(f"recipe '{recipe}' is unknown; there are {', '.join(choices('.'))}")
     if _asks_for_experiment(recipe) and not any(word.startswith("experiment=") for word in groups):
@@ -178,7 +202,7 @@ def _asks_for_experiment(recipe: str) -> bool:
 
 
 def _groups() -> list[str]:
-    return sorted(folder.name for folder in directory().iterdir() if folder.is_dir())
+    return sorted(folder.name for folder in directory().iterdir() if folder.is_dir() and folder.name != "hydra")
 
 
 def _plain(composed: DictConfig, texts: Mapping[str, str]) -> object:

@@ -26,6 +26,9 @@ _ROLES = {
     "pretrain": "model",
 }
 
+# what observe.boards may name
+_BOARDS = ("tensorboard", "wandb", "mlflow")
+
 # verbs that draw responses to learn from or to measure
 _FULL_SOFTMAX = ("quickstart", "rank", "ppo", "evaluate")
 
@@ -159,7 +162,7 @@ def check(config: Config, world: int, verb: str = "") -> None:
     else:
         across = (
             *(_shape(name, getattr(config, name)) for name in _MODELS),
-            *(_tokenizer(config), _lengths(config), _counts(config), _states(config)),
+            *(_tokenizer(config), _lengths(config), _counts(config), _states(config), _watching(config)),
             *(_layouts(config, world, tuple(_ROLES)), _draws(config, verb)),
         )
     failures = failures or [sentence for sentences in across for sentence in sentences]
@@ -213,6 +216,23 @@ def _states(config: Config) -> Iterator[str]:
 def allowed(words: str) -> tuple[str, ...]:
     """The keys that `checkpoint.allow` names, as `a,b` or `[a, b]`."""
     return tuple(word.strip() for word in words.strip("[] ").split(",") if word.strip())
+
+
+def _watching(config: Config) -> Iterator[str]:
+    for name in chosen(config.observe.boards):
+        if name not in _BOARDS:
+            yield (
+                f"observe.boards names '{name}'; it may name {', '.join(_BOARDS)}, with commas between, or be none, "
+                "for example observe.boards=tensorboard"
+            )
+    file = config.observe.prometheus
+    if file and not file.endswith(".prom"):
+        yield f"observe.prometheus is '{file}'; the collector reads files that end in .prom, write {file}.prom"
+
+
+def chosen(words: str) -> tuple[str, ...]:
+    """The boards that `observe.boards` names, none for none."""
+    return tuple(dict.fromkeys(word for word in allowed(words) if word != "none"))
 
 
 def _shape(name: str, model: Model) -> Iterator[str]:

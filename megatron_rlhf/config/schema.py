@@ -447,8 +447,21 @@ class Checkpoint:
     """The state that is best by a number of log.jsonl is kept too, for example max score; empty is none."""
     verify: str = "digest"
     """What is looked at before a state or weights are read: digest (the content of every file) or size."""
+    untrained: bool = False
+    """Whether PPO starts from initial weights and reads none of earlier stages: to measure how fast it is."""
     allow: str = ""
     """Settings that may differ from those a state was saved with, for example ppo.clip,adam.clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observe:
+    """Where a run's numbers go beside log.jsonl; no setting changes what a run computes."""
+
+    boards: str = "tensorboard"
+    """tensorboard, wandb and mlflow, with commas between, or none; the last two are extras of the same name."""
+    prometheus: str = ""
+    """File ending in .prom that holds the newest row for the textfile collector of Prometheus's node_exporter, a path
+    from the run's folder; empty is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -554,6 +567,8 @@ class Config:
     """The phase switch."""
     checkpoint: Checkpoint
     """Saving and resuming."""
+    observe: Observe = field(default_factory=Observe)
+    """Watching a run."""
     cluster: Cluster = field(default_factory=Cluster)
     """What a plan is made for."""
     slurm: Slurm = field(default_factory=Slurm)

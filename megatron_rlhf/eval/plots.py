@@ -57,6 +57,11 @@ def draw(folder: Path, report: Row, rows: Sequence[Row]) -> list[str]:
         "losses.png": lambda: losses(rows),
         "time.png": lambda: seconds(mapping(report.get("seconds")), rows),
     }
+    return painted(folder, painters)
+
+
+def painted(folder: Path, painters: Mapping[str, Callable[[], Figure | None]]) -> list[str]:
+    """Writes the figures that there are into `folder` as PNG, in the package's style, and returns their names."""
     drawn = []
     with matplotlib.rc_context(_STYLE):
         for name, painter in painters.items():

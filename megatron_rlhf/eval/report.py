@@ -100,7 +100,7 @@ def _wins(evaluation: Row) -> str:
         ]
         for name, rate in rates.items()
     ]
-    return _section("Win rates", _table(["", "win rate", "low", "high", "prompts"], lines))
+    return _section("Win rates", table(["", "win rate", "low", "high", "prompts"], lines))
 
 
 def _gold(evaluation: Row) -> str:
@@ -114,7 +114,7 @@ def _gold(evaluation: Row) -> str:
         gain = [f"{number(gold['ppo'].get(name)) - number(gold['sft'].get(name)):+.3f}"] if compared else []
         lines.append([name.replace("_", " "), *(_number(gold[key].get(name)) for key in who), *gain])
     head = ["component", *(_WHO.get(key, key) for key in who), *(["PPO-ptx − SFT"] if compared else [])]
-    text = _table(head, lines)
+    text = table(head, lines)
     if compared and text:
         text += "\n\n" + _gain(gold["sft"], gold["ppo"])
     return _section("Gold score by component (means)", text)
@@ -131,8 +131,8 @@ def _gain(sft: Row, ppo: Row) -> str:
 
 def _samples(samples: Sequence[Row]) -> str:
     """The first five prompts with their responses side by side."""
-    lines = [[_cell(sample.get(key, "")) for key in ("prompt", *_WHO)] for sample in samples[:SAMPLES]]
-    return _section("Responses side by side", _table(["prompt", *_WHO.values()], lines))
+    lines = [[cell(sample.get(key, "")) for key in ("prompt", *_WHO)] for sample in samples[:SAMPLES]]
+    return _section("Responses side by side", table(["prompt", *_WHO.values()], lines))
 
 
 def _checks(report: Row) -> str:
@@ -141,7 +141,7 @@ def _checks(report: Row) -> str:
     for room in ("reward", "ppo", "evaluation"):
         leaves = _leaves(room, mapping(report.get(room)))
         lines += [[f"`{name}`", _number(value)] for name, value in leaves if not name.startswith(_SHOWN)]
-    return _section("Measured", _table(["", "value"], lines))
+    return _section("Measured", table(["", "value"], lines))
 
 
 _SHOWN = ("evaluation.win_rate.", "evaluation.gold.")
@@ -149,13 +149,13 @@ _SHOWN = ("evaluation.win_rate.", "evaluation.gold.")
 
 def _layouts(layouts: Row) -> str:
     """The layout of each role."""
-    return _section("Layouts", _table(["role", "layout"], [[role, f"`{words}`"] for role, words in layouts.items()]))
+    return _section("Layouts", table(["role", "layout"], [[role, f"`{words}`"] for role, words in layouts.items()]))
 
 
 def _seconds(stages: Row, inside: Row) -> str:
     """Seconds by stage, and by phase within PPO."""
-    text = _table(["stage", "seconds"], [[name, f"{number(value):,.1f}"] for name, value in stages.items()])
-    phases = _table(["phase of PPO", "seconds"], [[name, f"{number(value):,.1f}"] for name, value in inside.items()])
+    text = table(["stage", "seconds"], [[name, f"{number(value):,.1f}"] for name, value in stages.items()])
+    phases = table(["phase of PPO", "seconds"], [[name, f"{number(value):,.1f}"] for name, value in inside.items()])
     return _section("Time", "\n\n".join(part for part in (text, phases) if part))
 
 
@@ -165,14 +165,14 @@ def _origin(report: Row) -> str:
     if finite(report, "memory_bytes"):
         lines.append(["peak memory", f"{report['memory_bytes'] / 2**30:.2f} GiB"])
     lines += [[f"`{name}`", str(version)] for name, version in mapping(report.get("versions")).items()]
-    return _section("Made with", _table(["", ""], lines))
+    return _section("Made with", table(["", ""], lines))
 
 
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table, nothing where there are no lines."""
     if not lines:
         return ""
@@ -180,7 +180,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def _cell(text: object) -> str:
+def cell(text: object) -> str:
     """Text that stays in its table cell and is shown as it is: Markdown's and HTML's signs are escaped."""
     shown = str(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for sign in "\\|*_`[]~":

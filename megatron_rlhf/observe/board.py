@@ -5,7 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+
+def numbers(phase: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row under the tags `phase/name`, seconds by phase among them."""
+    seconds = dict(values.get("seconds_by_phase") or {})
+    flat = {**values, **{f"seconds.{name}": value for name, value in seconds.items()}}
+    return {
+        f"{phase}/{name}": value
+        for name, value in flat.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+class Drawn(Protocol):
+    """Where a row's numbers are drawn."""
+
+    def scalars(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add the finite numbers of `values`."""
+
+    def close(self) -> None:
+        """Write what is still held."""
 
 
 class Board:
@@ -24,9 +45,8 @@ class Board:
         """Adds the finite numbers of `values` under the tags `phase/name`."""
         if self._writer is None:
             return
-        for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(f"{phase}/{name}", value, step)
+        for tag, value in numbers(phase, values).items():
+            self._writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
         """Flushes and closes the events file."""

@@ -1,4 +1,4 @@
-"""Everything a run writes down: files that are whole or absent, `log.jsonl`, TensorBoard scalars, lines on stderr.
+"""Everything a run writes down: files that are whole or absent, `log.jsonl`, numbers on its boards, lines on stderr.
 
 Imports no torch, so that planning and `--help` stay light; TensorBoard lives in `board`.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,7 +18,7 @@ from typing import IO, Any
 from rich.console import Console
 from typing_extensions import Self
 
-from megatron_rlhf.observe.board import Board
+from megatron_rlhf.observe.board import Board, Drawn
 
 CONSOLE = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 """The process's one console; progress bars share it, so that lines print above them."""
@@ -26,15 +26,19 @@ CONSOLE = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_
 _OWN = ("step", "phase", "time")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """`path` holds `data`, or what it held before: written beside, synced to disk, then renamed. Makes its folder."""
+def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """`path` holds `data`, or what it held before: written beside, synced to disk, then renamed. Makes its folder.
+
+    What a crash of the machine may take needs no `sync`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,18 +59,28 @@ def json_text(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _tensorboard(directory: Path) -> list[Drawn]:
+    return [Board(directory / "tensorboard")]
+
+
 class Log:
-    """The rows of a run: one JSON line each in `directory/log.jsonl`, their numbers in `directory/tensorboard`.
+    """The rows of a run: one JSON line each in `directory/log.jsonl`, their numbers on the run's boards.
 
     A Log that is not enabled (every rank but the first) writes and says nothing; one without directory only says.
     """
 
-    def __init__(self, directory: Path | None, enabled: bool) -> None:
-        """Opens nothing yet; a line that an earlier process left unfinished is cut off before the first row."""
+    def __init__(
+        self, directory: Path | None, enabled: bool, boards: Callable[[Path], Sequence[Drawn]] = _tensorboard
+    ) -> None:
+        """Opens nothing yet; a line that an earlier process left unfinished is cut off before the first row.
+
+        `boards` opens where the numbers are drawn, `directory/tensorboard` alone unless it is given.
+        """
         self._directory = directory if enabled else None
         self._enabled = enabled
         self._file: IO[str] | None = None
-        self._board: Board | None = None
+        self._open = boards
+        self._boards: Sequence[Drawn] | None = None
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -90,8 +104,10 @@ class Log:
         self._file = self._file or _opened(self._directory / "log.jsonl")
         self._file.write(line + "\n")
         self._file.flush()
-        self._board = self._board or Board(self._directory / "tensorboard")
-        self._board.scalars(phase, step, values)
+        if self._boards is None:
+            self._boards = self._open(self._directory)
+        for board in self._boards:
+            board.scalars(phase, step, values)
 
     def truncate_after(self, phase: str, step: int) -> None:
         """Drops the rows of `phase` with a larger step than `step`, and lines cut short; a run resumed there does so.
@@ -117,9 +133,9 @@ class Log:
         """Closes the files; a later row opens them anew."""
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
-        self._file = self._board = None
+        for board in self._boards or ():
+            board.close()
+        self._file = self._boards = None
 
 
 def _opened(path: Path) -> IO[str]:

@@ -13,6 +13,7 @@ from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data import comparison, jsonl, sources
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.observe import boards
 from megatron_rlhf.recipes import places
 
 SCALAR = "reward"
@@ -30,11 +31,13 @@ class Needs:
 
 
 def check(verb: str, config: Config, *, made: tuple[str, ...] = ()) -> None:
-    """Raises BadInput for what `verb` will read and is missing, malformed, empty or of another vocabulary.
+    """Raises BadInput for what `verb` will read and is missing, malformed, empty or of another vocabulary, and for a
+    board that is not installed.
 
     The weights of the stages in `made` will be there by then and are not looked at. Nothing is looked at where its
     results stand already; `prepare` itself reads the source before it writes.
     """
+    boards.check(config.observe)
     room = places.data(config)
     prepared = config.checkpoint.resume == "auto" and (room / "prepare.json").exists()
     if verb == "prepare" or (verb == "quickstart" and not prepared):
@@ -56,7 +59,7 @@ def check(verb: str, config: Config, *, made: tuple[str, ...] = ()) -> None:
 
 
 def _needs(config: Config) -> dict[str, Needs]:
-    held_out = ("prompts.test", "demonstrations.valid")
+    held_out, untrained = ("prompts.test", "demonstrations.valid"), config.checkpoint.untrained
     return {
         "pretrain": Needs(text=("train", "valid"), writes=("pretrain",)),
         "sft": Needs(
@@ -66,7 +69,7 @@ def _needs(config: Config) -> dict[str, Needs]:
         "reward": Needs(
             ("rankings.train", "rankings.valid", "demonstrations.train"), weights=("sft",), writes=("reward",)
         ),
-        "ppo": Needs(("prompts.train",), ("train",), ("rl_start", SCALAR), ("ppo",)),
+        "ppo": Needs(("prompts.train",), ("train",), () if untrained else ("rl_start", SCALAR), ("ppo",)),
         "sample": Needs(("prompts.test",), weights=("ppo",)),
         "evaluate": Needs(held_out, ("valid",), ("pretrain", "sft", "ppo", SCALAR)),
     }

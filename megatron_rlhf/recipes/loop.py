@@ -52,12 +52,14 @@ def learn(session: Session, lesson: Lesson) -> Stats:
     """
     start = take_up(session, lesson.stage, lesson.engine, lesson.streams)
     late = Stats()
+    session.now.stage(lesson.stage, lesson.steps, start)
     with Progress(session.first, lesson.steps, lesson.stage, done=start) as progress:
         for step in range(start, lesson.steps):
             pulse.at(lesson.stage, step)
             stats = _step(session, lesson, step)
             if step >= lesson.steps * 9 // 10:
                 late += stats
+            session.now.step(step + 1)
             progress.advance(", ".join(f"{name} {stats[name]:.4g}" for name in stats.sums if name.startswith("loss.")))
             if session.stopping():
                 session.leave(lesson.stage, step + 1, put_down(lesson.streams), {ROLE: lesson.engine})
@@ -65,6 +67,7 @@ def learn(session: Session, lesson: Lesson) -> Stats:
                 engines = {ROLE: lesson.engine}
                 session.save(lesson.stage, step + 1, put_down(lesson.streams), engines, metrics=stats.means())
     session.settle()
+    session.now.end()
     return late
 
 

@@ -188,6 +188,7 @@ def train(run: Session) -> dict[str, float]:
     """
     ppo, every = prepared(run), run.config.checkpoint.every
     _take_up(ppo)
+    run.now.stage(STAGE, ppo.ppo.iterations, ppo.iteration)
     with Progress(run.first, ppo.ppo.iterations, STAGE, done=ppo.iteration) as progress:
         while ppo.iteration < ppo.ppo.iterations:
             pulse.at(STAGE, ppo.iteration)
@@ -199,11 +200,13 @@ def train(run: Session) -> dict[str, float]:
             ppo.measured = {name: ppo.measured.get(name, 0.0) + value for name, value in seconds.items()}
             tokens_per_second = stats["tokens"] / (time.monotonic() - ppo.began)
             row = {**ppo.last, **switched(ppo), "tokens_per_second": tokens_per_second, "memory_bytes": peak_bytes()}
-            run.log.row(STAGE, ppo.iteration - 1, {**row, "seconds_by_phase": seconds})
+            run.log.row(STAGE, ppo.iteration - 1, {**row, **run.slowest(), "seconds_by_phase": seconds})
+            run.now.step(ppo.iteration)
             progress.advance("score {score:.3f}, KL {kl:.3f}, drift {drift:.6f}".format(**ppo.last))
             reached(ppo, due=bool(every) and ppo.iteration % every == 0)
     run.settle()
     _publish(ppo)
+    run.now.end()
     return {**ppo.last, **ppo.checks}
 
 
@@ -261,6 +264,10 @@ def _generate(run: Session) -> Layout:
 
 
 def _loaded(run: Session, network: Network, stage: str) -> Network:
+    """The network with a stage's weights, or its initial ones where nothing is to be learned. Collective: world."""
+    if run.config.checkpoint.untrained:
+        run.pinned[f"weights.{stage}"] = "untrained"
+        return network
     found = run.fill(network, run.weights(stage))
     run.pinned[f"weights.{stage}"] = str(found.get("seal"))[:16]
     return network

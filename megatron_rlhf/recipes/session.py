@@ -7,6 +7,7 @@ import secrets
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,16 +24,17 @@ from megatron_rlhf.config.schema import Config, Model
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models import transformer
 from megatron_rlhf.models.transformer import Network
-from megatron_rlhf.observe import pulse, watchdog
+from megatron_rlhf.observe import boards, pulse, stragglers, watchdog
 from megatron_rlhf.observe.log import Log
+from megatron_rlhf.observe.now import Now
 from megatron_rlhf.observe.timer import Timer
-from megatron_rlhf.parallel import collectives, cpu, deterministic, grid
+from megatron_rlhf.parallel import collectives, cpu, deterministic, grid, waiting
 from megatron_rlhf.recipes import places
 from megatron_rlhf.train.engine import Engine
 
 STOPPED = 75
 _NOT_SAVED = 1
-_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.", "slurm.", "watchdog.")
+_FREE = ("out", "layout.", "checkpoint.", "cluster.", "reshard.", "observe.", "slurm.", "watchdog.")
 """Settings that may differ when a run goes on."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -72,6 +74,7 @@ class Session:
     keepers: dict[str, Keeper] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     """What a state is of beside the settings: `plan`, the phase switch's, and `weights.STAGE`, those a run reads."""
+    now: Now = field(default_factory=lambda: Now(None))
 
     @property
     def first(self) -> bool:
@@ -156,6 +159,18 @@ class Session:
             keeper.settle()
         return self.stop.requested()
 
+    def slowest(self) -> dict[str, int | float | str]:
+        """Which rank was slow since the last call, under the names of log.jsonl; nothing of a world of one.
+
+        Collective: world.
+        """
+        names, seconds = stragglers.aligned(self.timer.take_own())
+        if collectives.world_size() == 1 or not names:
+            return {}
+        mine = torch.tensor(seconds, dtype=torch.float64, device=collectives.device())
+        found = stragglers.slowest(names, collectives.gather(mine).tolist())
+        return found.row() if found else {}
+
     def settle(self) -> None:
         """Wait for background saves; before the roles of a stage are freed. Collective: world."""
         for keeper in self.keepers.values():
@@ -207,16 +222,24 @@ def start(config: Config, *, writes: bool = True) -> Session:
     Collective: world.
     """
     cpu.install()
+    waiting.install()
     if config.compute.deterministic:
         deterministic.install()
     out = Path(config.out)
     grid.connect()
     check(config, collectives.world_size())
-    log, stop = Log(out, collectives.rank() == 0), Stop()
+    first = collectives.rank() == 0
+    log, stop = Log(out, first, partial(boards.opened, config.observe)), Stop()
     if writes:
         _lock(out, log)
         _watch(out, config.watchdog.seconds)
-    return Session(config, out, log, Timer(pulse.enter), stop)
+    now = Now(out if first and writes else None, {"world": collectives.world_size()})
+
+    def entered(phase: str) -> None:
+        pulse.enter(phase)
+        now.phase(phase)
+
+    return Session(config, out, log, Timer(waiting.seconds, entered), stop, now=now)
 
 
 def _lock(out: Path, log: Log) -> None:

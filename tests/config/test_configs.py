@@ -22,7 +22,7 @@ EXPERIMENTS = choices("experiment")
 def test_every_file_is_a_recipe_or_in_a_known_group() -> None:
     files = {file.relative_to(directory()) for file in directory().rglob("*") if file.is_file()}
     assert {file.suffix for file in files} == {".yaml"}
-    groups = {"model", "layout", "experiment", "cluster", "slurm"}
+    groups = {"model", "layout", "experiment", "cluster", "slurm", "scaling", "hydra"}
     assert {file.parts[0] for file in files if len(file.parts) > 1} == groups
     assert {Path(f"{recipe}.yaml") for recipe in RECIPES} == {file for file in files if len(file.parts) == 1}
 

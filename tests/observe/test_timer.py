@@ -64,3 +64,17 @@ def test_the_real_clock_is_wall_time() -> None:
     with timer("sleep"):
         time.sleep(0.02)
     assert 0.02 <= timer.seconds["sleep"] < 5.0
+
+
+def test_own_seconds_are_those_not_spent_waiting_and_a_name_is_told_once(clock: list[float]) -> None:
+    waited, told = [7.0], []
+    timer = Timer(lambda: waited[0], told.append)
+    for alone, held in ((1.0, 2.0), (0.5, 0.0)):
+        with timer("policy"), timer("policy"):
+            clock[0] += alone + held
+            waited[0] += held
+    clock[0] += 9.0
+    waited[0] += 9.0
+    assert told == ["policy", "policy"]
+    assert (timer.take(), timer.take_own()) == ({"policy": 3.5}, {"policy": 1.5})
+    assert (timer.take(), timer.take_own()) == ({}, {})

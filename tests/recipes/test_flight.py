@@ -43,7 +43,8 @@ SETTINGS = [
     *("ppo.kl.adaptive=true", "ppo.policy.rate=1e-2", "ppo.value.rate=1e-2"),
     *("checkpoint.phases=true", "checkpoint.asynchronous=false"),
 ]
-CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"}
+SLOWEST = {"slowest.rank", "slowest.ratio", "slowest.phase"}
+CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"} | SLOWEST
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]
 
 

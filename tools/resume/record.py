@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes", "seal"}
+SLOWEST = {"slowest.rank", "slowest.ratio", "slowest.phase"}
+CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes", "seal"} | SLOWEST
 """What a row and a manifest say of the machine and not of the run, and the digest of a manifest with that in it."""
 
 Rows = Mapping[tuple[str, int], Mapping[str, Any]]
