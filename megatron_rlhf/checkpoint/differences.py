@@ -66,7 +66,8 @@ class Terms:
             said.append(f"{where}: {'; '.join(places)}: goes on equal to rounding, not bit for bit")
         elif facts.get("plan") and self.plan and facts["plan"] != self.plan:
             said.append(f"{where}: the phase switch has another plan than when it was saved")
-        if packages := _changed(facts.get("versions", {}), self.versions):
+        saved = facts.get("versions")
+        if packages := _changed(saved if isinstance(saved, dict) else {}, self.versions):
             said.append(f"{where}: {'; '.join(packages.values())}: goes on equal to rounding, not bit for bit")
         return said
 

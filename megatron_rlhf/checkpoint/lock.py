@@ -170,4 +170,3 @@ def _rewrite(handle: int, facts: dict[str, Any]) -> None:
     os.ftruncate(handle, 0)
     os.write(handle, json.dumps(facts).encode())
     os.fsync(handle)
-

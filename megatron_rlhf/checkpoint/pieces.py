@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,26 @@ def merged(indexes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             else:
                 found[name] = {**entry, "pieces": list(entry["pieces"])}
     return found
+
+
+def fault(folder: Path, file: str, roles: Mapping[str, Any]) -> str:
+    """What a file of a state should hold by the index of its roles, and does not; "" where it holds all."""
+    wanted = [
+        (role, name, start, stop)
+        for role, index in roles.items()
+        for name, entry in index.items()
+        for _, start, stop, where in entry["pieces"]
+        if where == file
+    ]
+    try:
+        held = Shelf(folder).file(file) if wanted else {}
+    except (UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, OSError) as error:
+        return f"{file} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:80]})"
+    for role, name, start, stop in wanted:
+        values = held.get(role, {}).get("tensors", {}).get(name)
+        if not values or any(value.numel() != stop - start for key, value in values.items() if key != STEP):
+            return f"{file} does not hold the numbers from {start} to {stop} of {name}"
+    return ""
 
 
 class Shelf:

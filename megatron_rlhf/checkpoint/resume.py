@@ -177,7 +177,9 @@ class Keeper:
         """What is wrong with a state's files, each rank having read its share of them. Collective: world."""
         mine = sorted(state.facts["files"])[collectives.rank() :: collectives.world_size()]
         files = {name: state.facts["files"][name] for name in mine}
-        faults = digest.faults(self.folder / state.name, files, digests=self.settings.verify == "digest")
+        where = self.folder / state.name
+        faults = digest.faults(where, files, digests=self.settings.verify == "digest")
+        faults = faults or [wrong for name in mine if (wrong := pieces.fault(where, name, state.facts["roles"]))]
         return "; ".join(fault for each in collectives.gather_objects(faults) for fault in each)
 
     def _taken(self, state: states.State, passed: list[str]) -> Saved:
@@ -191,7 +193,9 @@ class Keeper:
         shelf = Shelf(where)
         common = shelf.file(COMMON)
         roles = {
-            name: OnDisk(name, common["counts"][name], shelf, index) for name, index in state.facts["roles"].items()
+            name: OnDisk(name, common["counts"][name], shelf, index)
+            for name, index in state.facts["roles"].items()
+            if name in common["counts"]
         }
         # a copy, so that nothing refers to the file while the run goes on
         return Saved(state.facts["step"], state.facts["phase"], copy.deepcopy(common["common"]), roles)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhf.checkpoint import digest, manifest
+from megatron_rlhf.checkpoint import digest, form, manifest
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Checkpoint
 
@@ -102,9 +102,14 @@ def _best(states: Sequence[State], wanted: str) -> list[State]:
     if not wanted:
         return []
     way, name = wanted.split()
-    measured = [state for state in states if isinstance(state.facts.get("metrics", {}).get(name), (int, float))]
+    measured = [state for state in states if isinstance(_metrics(state).get(name), (int, float))]
     choose = max if way == "max" else min
-    return [choose(measured, key=lambda state: state.facts["metrics"][name])] if measured else []
+    return [choose(measured, key=lambda state: _metrics(state)[name])] if measured else []
+
+
+def _metrics(state: State) -> Mapping[str, Any]:
+    found = state.facts.get("metrics")
+    return found if isinstance(found, dict) else {}
 
 
 def _state(path: Path) -> State:
@@ -112,5 +117,6 @@ def _state(path: Path) -> State:
         facts = manifest.read(path)
     except BadInput as error:
         return State(path.name, {}, str(error).replace(f"{path}{os.sep}", ""))
-    wrong = [name for name, kind in _NEEDED.items() if not isinstance(facts.get(name), kind)]
-    return State(path.name, facts, f"{manifest.FILE} has no {', '.join(wrong)}" if wrong else "")
+    if wrong := [name for name, kind in _NEEDED.items() if type(facts.get(name)) is not kind]:
+        return State(path.name, facts, f"{manifest.FILE} has no {', '.join(wrong)}")
+    return State(path.name, facts, form.digests(facts["files"]) or form.roles(facts["roles"], facts["files"]))

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -63,24 +64,36 @@ def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = (), digests
     if missing:
         raise BadInput(f"{folder} has no tensor {', '.join(missing)}: it was written by another kind of model")
     _verify(folder, found["digests"], digests=digests)
+    error = ""
+    try:
+        _fill(network, folder, found["tensors"], fresh)
+    except BadInput as refused:
+        error = str(refused)
+    if errors := [each for each in collectives.gather_objects(error) if each]:
+        raise BadInput(errors[0])
+    return found
+
+
+def _fill(network: Network, folder: Path, entries: Mapping[str, Any], fresh: tuple[str, ...]) -> None:
+    """Put this rank's slices in place. Raises BadInput for a tensor that is not there as the manifest says."""
     files: dict[str, dict[str, Tensor]] = {}
     for name, parameter in network.parameters.items():
         beat()
         if name in fresh:
             continue
-        entry = found["tensors"][name]
-        shards = []
-        for file in entry["files"]:
-            if file not in files:
-                files[file] = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
-            shards.append(files[file][name])
-        full = Split(entry["dim"], entry.get("blocks", 1)).join(shards)
-        full = with_rows(full, network.rows) if name in VOCABULARY else full
-        part = network.directory[name].split.part(full, network.grid.layout.tp, network.grid.tp_rank)
+        entry = entries[name]
+        try:
+            for file in entry["files"]:
+                if file not in files:
+                    files[file] = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
+            full = Split(entry["dim"], entry.get("blocks") or 1).join([files[file][name] for file in entry["files"]])
+            full = with_rows(full, network.rows) if name in VOCABULARY else full
+            part = network.directory[name].split.part(full, network.grid.layout.tp, network.grid.tp_rank)
+        except (LookupError, RuntimeError, ValueError, TypeError, OSError, UnpicklingError) as error:
+            raise BadInput(f"{name} in {folder} is not split over files as its {facts.FILE} says") from error
         if part.shape != parameter.shape:
             raise BadInput(f"{name} in {folder} is {tuple(part.shape)}, the model wants {tuple(parameter.shape)}")
         parameter.copy_(part)
-    return found
 
 
 def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]], *, digests: bool) -> None:

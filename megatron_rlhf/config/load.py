@@ -6,6 +6,7 @@ Hydra composes the YAML files under configs/; what comes out is a plain dict, an
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from megatron_rlhf.config import plain_yaml
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config
 
@@ -29,6 +30,8 @@ _KINDS = {
     bool: ("true or false", "true"),
 }
 
+_LARGEST = 1 << 20
+"""Bytes of a file of settings."""
 # groups that stand in no file's defaults: the schema's own values are one of their choices
 _ADDED = ("cluster", "slurm", "scaling")
 # groups that take a file of settings too, by its path
@@ -45,10 +48,11 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     values = [f"++{key}={value}" for key, value in settings if key not in texts]
     try:
         with initialize_config_dir(str(directory()), version_base="1.3"):
-            composed = compose(recipe, overrides=[*groups, *values])
-        return build(Config, _plain(composed, texts))
-    except (HydraException, OmegaConfBaseException) as error:
+            found = _plain(compose(recipe, overrides=[*groups, *values]), texts)
+    # the last two: a number of too many digits, brackets too deep
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise BadInput(f"{recipe}: {_sentence(error)}") from error
+    return build(Config, found)
 
 
 def hydra_words(word: str) -> list[str]:
@@ -123,7 +127,7 @@ def _value(kind: Any, item: Field[Any], values: Mapping[Any, Any], path: str) ->
     example = example if item.default is MISSING else str(item.default).lower() if kind is bool else str(item.default)
     if value == "???":
         raise BadInput(f"'{key}' is missing; write for example {key}={example}")
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
     if type(value) is not kind:
         raise BadInput(f"'{key}' is {value!r}, it must be {noun}, for example {key}={example or _KINDS[kind][1]}")
@@ -179,8 +183,8 @@ def _chosen(key: str, group: str, value: str) -> str:
 def _settings(group: str, section: str, path: Path) -> list[tuple[str, str]]:
     """The settings of a file such as the model.yaml beside converted weights, as words of `section`."""
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
-    except (OmegaConfBaseException, YAMLError, UnicodeError, OSError) as error:
+        values = plain_yaml.load(path.read_text(encoding="utf-8")) if _is_small(path) else None
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path} is no YAML of settings: {_sentence(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} is no file of settings; write {section}={choices(group)[0]}, or a file's path")
@@ -189,6 +193,10 @@ def _settings(group: str, section: str, path: Path) -> list[tuple[str, str]]:
         if key not in _leaves(Config):
             raise BadInput(f"{path}: {_unknown(key)}")
     return list(found.items())
+
+
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= _LARGEST
 
 
 def _word(value: object) -> str:

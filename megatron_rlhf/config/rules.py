@@ -11,7 +11,26 @@ from megatron_rlhf.config.schema import Config, Model, Sft
 
 
 class BadInput(ValueError):
-    """One sentence for a person: what is wrong, where it stands, and a value that would work (exit code 2)."""
+    """One sentence for a person: what is wrong, where it stands, and a value that would work (exit code 2).
+
+    Further arguments are sentences on lines of their own. Words of a file or of the command line that a terminal would
+    not show, or would obey, are written as escapes, and the middle of far too long a sentence is left out.
+    """
+
+    def __str__(self) -> str:
+        """The sentences, a line each."""
+        return "\n  ".join(_line(str(sentence)) for sentence in self.args)
+
+
+_LONGEST = 2000
+"""Letters of a sentence."""
+
+
+def _line(text: str) -> str:
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 
 _MODELS = ("model", "reward_model")
@@ -167,8 +186,8 @@ def check(config: Config, world: int, verb: str = "") -> None:
         )
     failures = failures or [sentence for sentences in across for sentence in sentences]
     if failures:
-        head = "" if len(failures) == 1 else f"{len(failures)} settings do not fit:\n  "
-        raise BadInput(head + "\n  ".join(failures))
+        head = [] if len(failures) == 1 else [f"{len(failures)} settings do not fit:"]
+        raise BadInput(*head, *failures)
 
 
 def _read(config: Config, key: str) -> object:

@@ -218,7 +218,7 @@ def _architecture(settings: Settings) -> tuple[Family, str]:
     """The family of a config, and the class of its head."""
     classes = {name: family for family in FAMILIES for name in (family.policy, family.scalar)}
     found = settings.take("architectures", [])
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in classes:
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in list(classes):
         said = ", ".join(map(str, found)) if isinstance(found, list) and found else "none"
         raise BadInput(f"{settings.where}: architectures: {said[:120]} is not one of {', '.join(classes)}")
     family = classes[found[0]]

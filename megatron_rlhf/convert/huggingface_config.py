@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -69,7 +70,7 @@ class Settings:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0. Raises BadInput as `whole` does."""
         value = self.take(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < sys.float_info.max:
             raise BadInput(f"{self._said(key, value)}; it must be a number above 0")
         return float(value)
 

@@ -6,7 +6,7 @@ the values that leave the network as it is, and any other value is refused.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -175,7 +175,7 @@ def _style(args: Mapping[str, Any], where: str) -> str:
         bool(args.get("swiglu", False)),
         bool(args.get("add_bias_linear", True)),
     )
-    if said not in _STYLES:
+    if not isinstance(norm, str) or not isinstance(rope, str) or said not in _STYLES:
         raise BadInput(
             f"{where}: normalization={norm}, position_embedding_type={rope}, swiglu={said[2]}, "
             f"add_bias_linear={said[3]} together are neither the gpt style (LayerNorm, learned_absolute, False, True), "
@@ -236,6 +236,6 @@ def _whole(args: Mapping[str, Any], name: str, where: str, default: int | None =
 
 def _number(args: Mapping[str, Any], where: str, default: float, *names: str) -> float:
     value = next((args[name] for name in names if args.get(name) is not None), default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < sys.float_info.max:
         raise BadInput(f"{where}: {names[0]} is {str(value)[:40]}; it must be a number above 0")
     return float(value)

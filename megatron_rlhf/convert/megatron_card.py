@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_rlhf.config import plain_yaml
 from megatron_rlhf.config.load import build
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
@@ -51,9 +50,9 @@ def read_model(path: Path) -> Model:
     """The Model of a YAML file as `model=` takes it. Raises BadInput where it is none."""
     content = text(path)
     try:
-        values = yaml.safe_load(content)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise BadInput(f"{path} is no YAML of a model; write for example layers: 12") from error
+        values = plain_yaml.load(content)
+    except ValueError as error:
+        raise BadInput(f"{path} is no YAML of a model ({error}); write for example layers: 12") from error
     model = build(Model, values, "model")
     architecture.check(model, str(path))
     return model
@@ -66,9 +65,9 @@ def section(path: Path, name: str) -> dict[str, Any]:
     """
     content = text(path)
     try:
-        found = yaml.load(content, Loader=_Inert)
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} is no YAML that can be read; give --model FILE.yaml") from error
+        found = plain_yaml.load(content, _Inert)
+    except ValueError as error:
+        raise BadInput(f"{path} is no YAML that can be read ({error}); give --model FILE.yaml") from error
     inner = found.get(name) if isinstance(found, dict) else None
     if not isinstance(inner, dict):
         raise BadInput(f"{path} has no section {name}; give --model FILE.yaml")
@@ -93,7 +92,7 @@ def text(path: Path) -> str:
         raise BadInput(f"{path} cannot be read as text; name another file") from error
 
 
-class _Inert(yaml.SafeLoader):
+class _Inert(plain_yaml.Loader):
     """YAML whose unknown tags are text."""
 
 

@@ -22,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_rlhf.config import plain_yaml
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.convert import (
     archive,
@@ -186,9 +187,9 @@ def _config(path: Path, root: Path) -> dict[str, Any]:
         raise BadInput(f"{path} holds no {CONFIG}: it is no .nemo archive")
     text = megatron_card.text(root / CONFIG)
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise BadInput(f"{path}: {CONFIG} is no plain YAML; save the archive again") from error
+        found = plain_yaml.load(text)
+    except ValueError as error:
+        raise BadInput(f"{path}: {CONFIG} is no plain YAML ({error}); save the archive again") from error
     found = found.get("model", found) if isinstance(found, dict) else found
     if not isinstance(found, dict):
         raise BadInput(f"{path}: {CONFIG} holds no settings; save the archive again")

@@ -71,8 +71,13 @@ class JsonPieces:
         return self._tokens.id_to_token(id) or ""
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without what the files put around it."""
-        return [found.ids for found in self._tokens.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """The ids of each text, without what the files put around it; BadInput where one cannot be spelled."""
+        try:
+            return [found.ids for found in self._tokens.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library raises nothing narrower
+            raise BadInput(
+                f"the tokenizer cannot encode a text ({_brief(error)}); take one whose vocabulary spells every byte"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, none of them a control token."""

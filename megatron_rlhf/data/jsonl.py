@@ -50,6 +50,8 @@ def _row(line: bytes, where: str, required: Sequence[str]) -> dict[str, Any]:
         raise BadInput(f"{where} is not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadInput(f"{where} is no JSON at column {error.colno} ({error.msg}); write one object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where} has a number of too many digits, or lists too deep in lists; write it anew") from error
     if b"\\ud" in line.lower() and any(
         0xD800 <= ord(letter) < 0xE000 for letter in json.dumps(row, ensure_ascii=False)
     ):

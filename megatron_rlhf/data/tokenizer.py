@@ -180,7 +180,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         read = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no JSON; save the tokenizer again, or take the file away") from error
     if not isinstance(read, dict):
         raise BadInput(f'{path} is no JSON object; write for example {{"eos_token": "</s>"}}')

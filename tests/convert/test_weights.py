@@ -94,7 +94,7 @@ def test_the_model_file_is_a_choice_of_the_group(folder: Path, tmp_path: Path) -
     assert load("sft", [*words, "model.layers=7"]).model == replace(tiny.MODEL, layers=7)
     for text, sentence in (
         ("layers: [", "is no YAML of settings"),
-        ("7", "is no YAML of settings"),
+        ("7", "is no file of settings"),
         ("[7]", "is no file of settings"),
         ("layer: 3", r"setting 'model\.layer' is unknown"),
     ):
