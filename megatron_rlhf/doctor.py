@@ -124,5 +124,6 @@ PARTS = [
     Part("vaderSentiment", _package("vaderSentiment", "vaderSentiment"), "the quickstart's labeler"),
     Part("profanity check", _package("alt-profanity-check", "profanity_check"), "the quickstart's labeler"),
     Part("chitchat data", _package("chitchat-dataset", "chitchat_dataset"), "the quickstart's corpus"),
-    Part("slurm", _program("srun"), "starting ranks with srun; torchrun works"),
+    Part("slurm", _program("sbatch"), "submit; torchrun starts ranks on several machines too"),
+    Part("numactl", _program("numactl"), "ranks of a SLURM job are not bound to their GPU's NUMA node"),
 ]
