@@ -38,7 +38,7 @@ def run(verb: str, words: Sequence[str]) -> int:
     Every point's settings are checked, and its plan is written, before the first is started. Raises BadInput.
     """
     if env.launched():
-        raise BadInput("--multirun starts the ranks of every point itself; run it as one process, without srun or torchrun")
+        raise BadInput("--multirun starts the ranks of every point itself; run it without srun or torchrun")
     hydra_words = [word for word in words if word.startswith(("hydra.", "hydra/", "+hydra"))]
     settings = [word for word in words if word not in hydra_words]
     launcher = _launcher(hydra_words)
