@@ -59,6 +59,7 @@ def run(verb: str, words: Sequence[str]) -> int:
         "points": named,
         "groups": [{"points": group, "hydra": [*cluster[worlds[group[0]]], *hydra_words]} for group in groups],
     }
+    _no_other(folder, facts)
     write_json(folder / SWEEP, facts)
     for point, config, world in zip(named, configs, worlds, strict=True):
         write_json(
@@ -137,6 +138,16 @@ def _config(verb: str, number: int, words: Sequence[str], folder: Path) -> Confi
     except BadInput as error:
         raise BadInput(f"point {number} ({' '.join(words)}): {error}") from error
     return config
+
+
+def _no_other(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raises BadInput where the folder holds other points: what they measured would be taken for these ones'."""
+    try:
+        there = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if (there.get("verb"), there.get("points")) != (facts["verb"], facts["points"]):
+        raise BadInput(f"{folder} holds another sweep; give this one a folder of its own, for example out={folder}2")
 
 
 def _folder(settings: Sequence[str]) -> Path:

@@ -94,6 +94,9 @@ def test_points_of_one_size_are_one_group_and_what_is_measured_is_not_started(
         (tmp_path / point["name"] / "measurement.json").write_text("{}")
     assert cli.main(command) == 1
     assert started == [[0, 1, 2], [0, 1]]
+    other = [word.replace("seed=1,2", "seed=1,3") for word in command]
+    assert cli.main(other) == 2, "what was measured with seed 2 is not of seed 3"
+    assert json.loads((tmp_path / "sweep.json").read_text()) == facts
     assert cli.main([*command, "cluster.node=3"]) == 2, "four ranks do not fill nodes of three"
 
 
