@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_rlhf.plan import point as plan
 SWEEP, PLAN, MEASUREMENT = "sweep.json", "plan.json", "measurement.json"
 _LAUNCHER = "hydra/launcher="
 _SLURM = ("slurm", "submitit_slurm")
+_SPEEDS = ("cluster.flops", "cluster.bandwidth")
 
 
 def run(verb: str, words: Sequence[str]) -> int:
@@ -35,6 +37,8 @@ def run(verb: str, words: Sequence[str]) -> int:
 
     Every point's settings are checked, and its plan is written, before the first is started. Raises BadInput.
     """
+    if env.launched():
+        raise BadInput("--multirun starts the ranks of every point itself; run it without srun or torchrun")
     hydra_words = [word for word in words if word.startswith(("hydra.", "hydra/", "+hydra"))]
     settings = [word for word in words if word not in hydra_words]
     launcher = _launcher(hydra_words)
@@ -55,9 +59,12 @@ def run(verb: str, words: Sequence[str]) -> int:
         "points": named,
         "groups": [{"points": group, "hydra": [*cluster[worlds[group[0]]], *hydra_words]} for group in groups],
     }
+    _no_other(folder, facts)
     write_json(folder / SWEEP, facts)
     for point, config, world in zip(named, configs, worlds, strict=True):
-        write_json(folder / point["name"] / PLAN, plan.point(config, world))
+        write_json(
+            folder / point["name"] / PLAN, plan.point(config, world, verb, foreseen=_names_machines(point["words"]))
+        )
     _start(folder, [group for group in range(len(groups)) if not _measured(folder, facts, group)], launcher)
     return _told(folder, facts)
 
@@ -120,7 +127,7 @@ def measured(out: Path, point: Mapping[str, Any]) -> dict[str, Any]:
         "memory_bytes": max((row.get("memory_bytes", 0) for row in rows), default=0),
         "slowest_ratio": median(row.get("slowest.ratio", 1.0) for row in rows),
         "machine": {"processors": os.cpu_count(), "kind": platform.machine(), "system": platform.system()},
-        "versions": {"python": platform.python_version(), "megatron-rlhf": __version__},
+        "versions": {"python": platform.python_version(), "megatron-rlhf": __version__, "torch": version("torch")},
     }
 
 
@@ -131,6 +138,16 @@ def _config(verb: str, number: int, words: Sequence[str], folder: Path) -> Confi
     except BadInput as error:
         raise BadInput(f"point {number} ({' '.join(words)}): {error}") from error
     return config
+
+
+def _no_other(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raises BadInput where the folder holds other points: what they measured would be taken for these ones'."""
+    try:
+        there = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if (there.get("verb"), there.get("points")) != (facts["verb"], facts["points"]):
+        raise BadInput(f"{folder} holds another sweep; give this one a folder of its own, for example out={folder}2")
 
 
 def _folder(settings: Sequence[str]) -> Path:
@@ -171,6 +188,11 @@ def _size(config: Config, world: int) -> list[str]:
             f"{world} ranks do not fill nodes of cluster.node={node}; write for example cluster.node={world}"
         )
     return [f"hydra.launcher.nodes={-(-world // node)}", f"hydra.launcher.tasks_per_node={min(world, node)}"]
+
+
+def _names_machines(words: Sequence[str]) -> bool:
+    """Whether a point says which machines it runs on; a plan for others would foresee nothing of it."""
+    return any(word.startswith("cluster=") or word.partition("=")[0] in _SPEEDS for word in words)
 
 
 def _name(number: int, world: int) -> str:

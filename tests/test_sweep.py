@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rlhf import cli, sweep
+from megatron_rlhf.config import multirun
+from megatron_rlhf.config.rules import BadInput
 from tests.helpers import data_room
 
 TINY = [*data_room.SETTINGS, "checkpoint.untrained=true"]
@@ -55,6 +57,58 @@ def test_what_is_measured_are_medians_without_the_first_step(tmp_path: Path) -> 
     assert (found["seconds_low"], found["seconds_high"]) == (pytest.approx(2.0), pytest.approx(10.0))
     assert found["seconds_by_phase"] == {"generate": pytest.approx(2.0)}
     assert (found["memory_bytes"], found["slowest_ratio"]) == (3, 1.5)
+
+
+def test_a_rank_starts_no_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="run it without srun or torchrun"):
+        sweep.run("ppo", ["experiment=quickstart", f"out={tmp_path / 'a'}"])
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The groups that a sweep would start; none is."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr(sweep, "_start", lambda folder, groups, launcher: asked.append(list(groups)))
+    return asked
+
+
+def test_points_of_one_size_are_one_group_and_what_is_measured_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[int]]
+) -> None:
+    monkeypatch.setattr(multirun, "launchers", lambda: ["basic", "slurm"])
+    words = [f"scaling={','.join(f'laptop_strong/{name}' for name in ('4dp', '1', '2dp', '2tp'))}", "seed=1,2"]
+    cluster = ["hydra/launcher=slurm", "hydra.launcher.partition=main", "cluster.node=2"]
+    command = ["ppo", "--multirun", *TINY, *words, *cluster, f"out={tmp_path}"]
+    assert cli.main(command) == 1
+    facts = json.loads((tmp_path / "sweep.json").read_text())
+    assert [group["points"] for group in facts["groups"]] == [[2, 3], [4, 5, 6, 7], [0, 1]]
+    assert [group["hydra"][:2] for group in facts["groups"]] == [
+        [f"hydra.launcher.nodes={nodes}", f"hydra.launcher.tasks_per_node={tasks}"]
+        for nodes, tasks in ((1, 1), (1, 2), (2, 2))
+    ]
+    assert facts["groups"][0]["hydra"][2:] == cluster[:2]
+    assert [point["name"] for point in facts["points"]][:3] == ["00_ranks4", "01_ranks4", "02_ranks1"]
+    for point in facts["points"][:3]:
+        (tmp_path / point["name"] / "measurement.json").write_text("{}")
+    assert cli.main(command) == 1
+    assert started == [[0, 1, 2], [0, 1]]
+    other = [word.replace("seed=1,2", "seed=1,3") for word in command]
+    assert cli.main(other) == 2, "what was measured with seed 2 is not of seed 3"
+    assert json.loads((tmp_path / "sweep.json").read_text()) == facts
+    assert cli.main([*command, "cluster.node=3"]) == 2, "four ranks do not fill nodes of three"
+
+
+@pytest.mark.parametrize(("word", "there"), [("cluster=h100", True), ("cluster.node=2", False)])
+def test_a_plan_foresees_what_runs_on_machines_that_were_named(
+    tmp_path: Path, started: list[list[int]], word: str, there: bool
+) -> None:
+    assert cli.main(["ppo", "--multirun", *TINY, "scaling=laptop_strong/2tp", word, f"out={tmp_path}"]) == 1
+    plan = json.loads((tmp_path / "00_ranks2" / "plan.json").read_text())
+    assert ("reshard" in plan) == there
+    assert plan["layouts"]["policy"] == plan["settings"]["layout.policy"] == "tp2 pp1 dp1"
+    assert plan["settings"]["ppo.episodes"] == 32 and "out" not in plan["settings"]
 
 
 @pytest.mark.slow

@@ -73,6 +73,12 @@ class Entry:
         each = number(mapping(self.plan.get("cluster")).get("price"))
         return self.gpu_seconds / 3600 * each if each else None
 
+    def as_run(self, verb: str) -> dict[str, Any]:
+        """The run as `megatron-rlhf plan calibrate` reads it."""
+        clocks = {name: s for name, s in mapping(self.measured.get("seconds_by_phase")).items() if number(s) > 0}
+        seconds = clocks if verb == "ppo" else self.seconds
+        return {"name": self.name, "settings": self.measured.get("words"), "recipe": verb, "seconds": seconds}
+
     def alike(self, *, weak: bool) -> tuple[Any, ...]:
         """What points of one curve share: all that a step computes, or that for each rank."""
         work = {*WORK.values(), "ppo.minibatches"}

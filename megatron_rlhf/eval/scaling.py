@@ -18,7 +18,8 @@ from megatron_rlhf.observe.log import CONSOLE, write_json, write_text
 
 
 def report(folder: Path) -> None:
-    """Writes scaling.md, scaling.json and pictures into the folder of a sweep, each whole or not at all.
+    """Writes scaling.md, scaling.json, runs.json (for `plan calibrate`) and pictures into the folder of a sweep, each
+    whole or not at all.
 
     Raises BadInput where the folder is of no sweep or holds no measurement.
     """
@@ -32,6 +33,7 @@ def report(folder: Path) -> None:
     curves = [*points.found(entries, weak=False), *points.found(entries, weak=True)]
     pictures = plots.painted(folder, scaling_plots.painters(entries, curves))
     write_json(folder / "scaling.json", as_json(entries, curves, missing))
+    write_json(folder / "runs.json", [entry.as_run(str(facts.get("verb"))) for entry in entries])
     write_text(folder / "scaling.md", markdown(str(facts.get("verb")), entries, curves, missing, pictures))
     CONSOLE.print(f"{folder / 'scaling.md'}: {len(entries)} of {len(planned)} points")
 

@@ -39,7 +39,11 @@ def scaling(curves: Sequence[Curve]) -> Figure | None:
             axes.plot(ranks, values, color=colour, marker=marker, label=curve.label)
             axes.plot(ranks, ideal, color=colour, linestyle="--", linewidth=1)
         _ranks(axes, sorted({entry.world for curve in mine for entry in curve.entries}))
-        axes.set_ylim(0)
+        if weak:
+            axes.set_ylim(0, 1.15 * max(entry.seconds for curve in mine for entry in curve.entries))
+        else:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set(ylabel="seconds a step" if weak else "speed-up over the fewest ranks")
         axes.set_title(f"{'Weak' if weak else 'Strong'} scaling (dashed: ideal)")
         axes.legend(loc="best")
@@ -87,6 +91,9 @@ def prediction(entries: Sequence[Entry]) -> Figure | None:
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     axes.fill_between([low, high], [0.75 * low, 0.75 * high], [1.25 * low, 1.25 * high], color=GREY, alpha=0.2)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.set(xlabel="measured seconds a step", ylabel="predicted seconds a step")
     axes.set_title("Predicted against measured (band: 25 %)")
     axes.legend(loc="best", fontsize=8)

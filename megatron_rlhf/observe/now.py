@@ -5,6 +5,7 @@ It is a convenience: a disk that is full or gone never stops a run here, and not
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,23 +25,29 @@ class Now:
         self._path = directory / FILE if directory else None
         self._facts = {**(facts or {}), "started": round(time.time(), 3)}
         self._at: dict[str, Any] = {}
-        self._written = 0.0
+        self._written = self._stepped = 0.0
+        self._step_seconds = math.inf
 
     def stage(self, name: str, steps: int, done: int = 0) -> None:
         """A stage of `steps` steps begins, or goes on after `done`."""
         self._at = {"stage": name, "step": done, "steps": steps, "phase": ""}
+        self._stepped, self._step_seconds = time.monotonic(), math.inf
         self._write()
 
     def step(self, done: int) -> None:
         """`done` steps of the stage are done; written at most once a second, the last one always."""
-        self._at |= {"step": done, "phase": ""}
+        now = time.monotonic()
+        self._stepped, self._step_seconds = now, now - self._stepped
+        self._at |= {"step": done}
         if done == self._at.get("steps") or time.monotonic() - self._written >= _SECONDS_BETWEEN_STEPS:
             self._write()
 
     def phase(self, name: str) -> None:
-        """A phase inside a step begins."""
+        """A phase inside a step begins; one as short as the step before it may go unwritten."""
+        quick = self._step_seconds < _SECONDS_BETWEEN_STEPS
         self._at |= {"phase": name}
-        self._write()
+        if not quick or time.monotonic() - self._written >= _SECONDS_BETWEEN_STEPS:
+            self._write()
 
     def end(self) -> None:
         """The stage is over."""

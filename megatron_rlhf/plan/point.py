@@ -11,12 +11,13 @@ from megatron_rlhf.config.schema import Config
 from megatron_rlhf.plan.reshard import reshard
 
 
-def point(config: Config, world: int) -> dict[str, Any]:
-    """What the plan is for, and the phase switch's part; keys that are missing were not foreseen."""
-    return {
+def point(config: Config, world: int, verb: str, *, foreseen: bool) -> dict[str, Any]:
+    """What the plan is for and, where machines were chosen for a `verb` that switches, the switch's part; keys that are
+    missing were not foreseen."""
+    told = {
         "world": world,
         "layouts": asdict(config.layout),
         "cluster": asdict(config.cluster),
         "settings": {key: value for key, value in flat(config).items() if key != "out"},
-        "reshard": json.loads(reshard(config).as_json()),
     }
+    return {**told, "reshard": json.loads(reshard(config).as_json())} if foreseen and verb == "ppo" else told

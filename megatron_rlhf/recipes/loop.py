@@ -102,10 +102,14 @@ def take_up(session: Session, stage: str, engine: Engine, streams: Mapping[str, 
 
 
 def _step(session: Session, lesson: Lesson, step: int) -> Stats:
-    began = time.monotonic()
-    batch = lesson.batch()
-    stats = lesson.engine.accumulate(batch, lesson.loss, packable=lesson.packable)
-    stats += lesson.engine.update(rate(lesson.learning, lesson.engine.updates, lesson.steps))
+    began, clock = time.monotonic(), session.timer
+    with clock("data"):
+        batch = lesson.batch()
+    with clock("learn"):
+        stats = lesson.engine.accumulate(batch, lesson.loss, packable=lesson.packable)
+        stats += lesson.engine.update(rate(lesson.learning, lesson.engine.updates, lesson.steps))
     tokens, seconds = int(batch.rows.lengths_B.sum()), time.monotonic() - began
-    session.log.row(lesson.stage, step, {**stats.means(), "tokens": tokens, "tokens_per_second": tokens / seconds})
+    row = {**stats.means(), "tokens": tokens, "tokens_per_second": tokens / seconds, **session.slowest()}
+    by_phase = {name: round(value, 4) for name, value in clock.take().items()}
+    session.log.row(lesson.stage, step, {**row, "seconds_by_phase": by_phase})
     return stats

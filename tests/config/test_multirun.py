@@ -32,6 +32,8 @@ def test_points_are_the_product_in_hydras_order() -> None:
 def test_a_quoted_comma_is_no_sweep() -> None:
     (point,) = points(["checkpoint.allow='ppo.clip,adam.clip'"])
     assert point.words == ("checkpoint.allow=ppo.clip,adam.clip",)
+    both = points(["layout.policy='tp2 pp1','tp1 pp2'"])
+    assert [point.words for point in both] == [("layout.policy=tp2 pp1",), ("layout.policy=tp1 pp2",)]
 
 
 def test_a_sweeps_name_is_all_its_files_and_a_choice_is_one() -> None:

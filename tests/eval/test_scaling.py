@@ -80,6 +80,8 @@ def test_mfu_cost_and_the_error_of_the_prediction(tmp_path: Path) -> None:
     assert point["mfu"] == pytest.approx(6e12 / (1e12 * 2 * 4.0))
     assert point["gpu_seconds_each"] == pytest.approx(4.0 * 2 / 64)
     assert point["price"] == pytest.approx(4.0 * 2 / 64 / 3600 * 3.6)
+    (run,) = json.loads((folder / "runs.json").read_text())
+    assert (run["recipe"], run["seconds"]) == ("ppo", {"generate": 2.0, "policy": 1.0})
     text = (folder / "scaling.md").read_text()
     assert "| 00&#95;ranks2 | 2 | 4 | 50 | 25 | 2 | -50 % | 75.0 % | 0.125 | 0.000125 |" in text
     assert "![Predicted against" in text

@@ -9,6 +9,9 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
+from megatron_rlhf.observe import now as now_module
 from megatron_rlhf.observe.now import Now
 
 
@@ -43,6 +46,28 @@ def test_quick_steps_are_not_all_written(tmp_path: Path) -> None:
     assert read(tmp_path)["step"] == 0
     now.step(100)
     assert read(tmp_path)["step"] == 100
+
+
+def test_phases_of_quick_steps_are_not_all_written_and_of_slow_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(now_module.time, "monotonic", lambda: clock[0])
+    now = Now(tmp_path)
+    now.stage("ppo", 9)
+    now.phase("generate")
+    assert read(tmp_path)["phase"] == "generate", "nothing is known of the first step's length"
+    clock[0] += 0.2
+    now.step(1)
+    now.phase("policy")
+    assert read(tmp_path)["phase"] == "generate"
+    clock[0] += 30.0
+    now.phase("value")
+    assert read(tmp_path)["phase"] == "value"
+    now.step(2)
+    for name in ("generate", "policy"):
+        now.phase(name)
+        assert (read(tmp_path)["phase"], read(tmp_path)["step"]) == (name, 2)
 
 
 def test_a_folder_that_is_gone_stops_nobody(tmp_path: Path) -> None:

@@ -14,18 +14,21 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_rlhf.batch import Rows
 from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.config.load import load
+from megatron_rlhf.config.schema import Learning
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.now import Now
 from megatron_rlhf.observe.timer import Timer
 from megatron_rlhf.parallel import collectives, waiting
-from megatron_rlhf.recipes import ppo
+from megatron_rlhf.recipes import loop, losses, ppo
 from megatron_rlhf.recipes.session import Session
 from tests.helpers import data_room
+from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
 
-SLOW, DELAY = 2, 0.8
+SLOW, DELAY = 2, 1.2
 SMALL = ("ppo.episodes=8", "ppo.minibatches=2")
 
 
@@ -75,6 +78,29 @@ def test_a_slow_rank_is_named_with_its_phase(tmp_path: Path) -> None:
     assert [(at["step"], at["phase"], at["stage"]) for at in seen] == [(n, "annotate", "ppo") for n in range(3)]
     over = json.loads((tmp_path / "run" / "now.json").read_text())
     assert (over["step"], over["steps"], over["world"], over["phase"]) == (3, 3, 4, "") and over["ended"] > 0
+
+
+@on_grid(4)
+def test_supervised_stages_tell_data_from_learning(tmp_path: Path) -> None:
+    """A rank whose data come late."""
+    waiting.install()
+    first = dist.get_rank() == 0
+    run = Session(
+        load("quickstart", [f"out={tmp_path}"]), tmp_path, Log(tmp_path, first), Timer(waiting.seconds), Never()
+    )
+
+    def late() -> Rows:
+        if dist.get_rank() == SLOW:
+            time.sleep(DELAY)
+        return tiny.rows(8)
+
+    learning, engine = Learning(rate=1e-3), tiny.engine("tp2 pp2")
+    loop.learn(run, loop.Lesson("sft", engine, learning, 2, late, losses.language, {}))
+    if first:
+        for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()):
+            assert (row["slowest.rank"], row["slowest.phase"]) == (SLOW, "data") and row["slowest.ratio"] > 1.3
+            assert set(row["seconds_by_phase"]) == {"data", "learn"}
+            assert row["seconds_by_phase"]["learn"] > 0.7 * DELAY, "rank 0 waits while it learns"
 
 
 @on_grid(4)
