@@ -56,13 +56,13 @@ class Weights:
         self._path = path
         found = manifests.manifest(path)
         where = str(path / FILE)
-        self._entries = {name: _entry(entry, name, where) for name, entry in _table(found, "tensors", where).items()}
+        self._entries = {name: _entry(entry) for name, entry in found["tensors"].items()}
         if "model" not in found:
             raise BadInput(f"{where} does not say of what model the weights are; write them again with this version")
         model = build(Model, found["model"], "model")
         architecture.check(model, where)
         files = {file for entry in self._entries.values() for file in entry.files}
-        _check_digests(path, files, _table(found, "digests", where))
+        _check_digests(path, files, found["digests"])
         self._files = {file: PickledFile(path / file) for file in sorted(files)}
         dtypes = {
             self._files[file].tensors[name][0]
@@ -157,36 +157,15 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def _check_digests(path: Path, files: Collection[str], digests: Mapping[str, Any]) -> None:
     """Raises BadInput where a file is not the one that was written, or nothing is said of it."""
     for file in sorted(files):
-        said = digests.get(file)
-        if not isinstance(said, dict) or set(said) != {"bytes", "sha256"}:
+        if file not in digests:
             raise BadInput(f"{path / FILE} has no digest of {file}; write the weights again with this version")
     if found := digest.faults(path, {file: digests[file] for file in files}, digests=True):
         raise BadInput(f"{path} is damaged: {'; '.join(found[:3])}; copy it again")
 
 
-def _table(found: Mapping[str, Any], key: str, where: str, default: object = None) -> dict[str, Any]:
-    value = found.get(key, default)
-    if not isinstance(value, dict):
-        raise BadInput(f"{where} has no table of {key}; it is damaged, or another program wrote it")
-    return value
-
-
-def _entry(entry: object, name: str, where: str) -> _Entry:
-    given = entry if isinstance(entry, dict) else {}
-    dim, blocks, files, shard = (given.get(key) for key in ("dim", "blocks", "files", "shard"))
-    fits = (
-        isinstance(files, list)
-        and files
-        and all(isinstance(file, str) and file == Path(file).name and file.endswith(".pt") for file in files)
-        and isinstance(shard, list)
-        and all(type(size) is int and size >= 0 for size in shard)
-        and (dim is None or (type(dim) is int and 0 <= dim < len(shard)))
-        and blocks in (None, 1, 2)
-    )
-    if not fits:
-        raise BadInput(f"{where}: the entry of {name[:80]} is not dim, blocks, files of this folder, and shard")
-    assert isinstance(files, list) and isinstance(shard, list)
-    return _Entry(dim, blocks or 1, tuple(files), tuple(shard))
+def _entry(entry: Mapping[str, Any]) -> _Entry:
+    """What the manifest says of a tensor; its form was looked at when it was read."""
+    return _Entry(entry["dim"], entry.get("blocks") or 1, tuple(entry["files"]), tuple(entry["shard"]))
 
 
 def _role(found: Mapping[str, Any], entries: Mapping[str, _Entry], asked: str | None, where: str) -> str:

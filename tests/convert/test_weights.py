@@ -125,10 +125,10 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a role": (lambda found: found.update(role="reward"), "says role 'reward', and its tensors are not of one"),
     "a path out": (
         lambda found: found["tensors"][FIRST].update(files=["../made/part_0.pt"]),
-        "is not dim, blocks, files of this folder, and shard",
+        "does not say which files of its folder hold it",
     ),
-    "no files": (lambda found: found["tensors"][FIRST].update(files=[]), "is not dim, blocks, files"),
-    "a dimension": (lambda found: found["tensors"][FIRST].update(dim=5), "is not dim, blocks, files"),
+    "no files": (lambda found: found["tensors"][FIRST].update(files=[]), "does not say which files"),
+    "a dimension": (lambda found: found["tensors"][FIRST].update(dim=5), "does not say dim, blocks and shard"),
     "a shard": (lambda found: found["tensors"][FIRST].update(shard=[1, 1]), r"is \[100, 32\], manifest\.json says"),
     "tensors": (lambda found: found.update(tensors=[]), "tensors"),
     "a tensor less": (lambda found: found["tensors"].pop(FIRST), f"{FIRST} is missing"),
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no digest": (lambda found: found["digests"].pop("part_0.pt"), r"has no digest of part_0\.pt"),
     "a digest": (
-        lambda found: found["digests"]["part_0.pt"].update(sha256="0"),
+        lambda found: found["digests"]["part_0.pt"].update(sha256="0" * 64),
         r"part_0\.pt has another content than was written",
     ),
 }
