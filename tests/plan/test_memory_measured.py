@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.plan_memory import MIB
+from benchmarks.plan_memory import rows as rows_of
 from megatron_rlhf.plan import memory
 from megatron_rlhf.plan.activations import CPU
 from tests.helpers import grid, measured_memory, measured_run
@@ -49,6 +51,18 @@ def test_every_role_layout_and_recompute() -> None:
     assert len(CASES) >= 12
     for case in CASES:
         holds(case)
+
+
+def test_the_benchmarks_rows_are_of_the_rank_that_holds_most() -> None:
+    """With a cause that is nowhere left out, and the planned as the rival."""
+    few = {cause: 1.0 * MIB for cause in (*EXACT, "optimizer", "activations", "reading")}
+    many = {**few, "activations": 6.0 * MIB, "gather buffer": 0.0}
+    rows = rows_of(CASES[0], [(few, few), (many, {**many, "activations": 3.0 * MIB})])
+    assert [row.metric for row in rows] == [
+        *("weights", "gradients", "optimizer", "average", "activations", "reading", "all")
+    ]
+    assert [row.ratio for row in rows] == [1, 1, 1, 1, 0.5, 1, 0.7]
+    assert rows[0].case == "tp2 pp2: gpt fp32 tied none mb2"
 
 
 RUNS = (
