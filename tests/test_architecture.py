@@ -233,7 +233,7 @@ def test_pure_files_exist() -> None:
     "module",
     [
         *("cli", "launch", "doctor", "status", "sweep", "config.load", "config.rules", "config.env", "plan.reshard"),
-        *("observe.boards", "observe.pulse", "observe.watchdog", "submit.command"),
+        *("plan.memory", "observe.boards", "observe.pulse", "observe.watchdog", "submit.command"),
         *("reshard.layout", "reshard.message", "reshard.plan", "reshard.grouping"),
     ],
 )
