@@ -224,7 +224,7 @@ def test_pure_files_exist() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("cli", "launch", "doctor", "config.load", "config.rules", "config.env", "plan.reshard"),
+        *("cli", "launch", "doctor", "config.load", "config.rules", "config.env", "plan.reshard", "plan.memory"),
         *("reshard.layout", "reshard.message", "reshard.plan", "reshard.grouping"),
     ],
 )
