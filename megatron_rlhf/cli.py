@@ -30,7 +30,7 @@ RECIPES = {
     "sample": "answer prompts with a trained policy",
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
-PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
+PLAN = "what a run will need: bytes and seconds by phase, layouts that fit (plan search); plan --help"
 DOCTOR = "what is installed, what is missing and what is lost without it"
 _ALONE = {"prepare"}
 _EXAMPLES = """\
@@ -38,7 +38,7 @@ Examples:
   megatron-rlhf quickstart --out runs/quickstart
   megatron-rlhf ppo experiment=quickstart ppo.kl.coef=0.02 'layout.policy=tp2 pp2'
   srun megatron-rlhf sft experiment=instructgpt_1b3 out=/scratch/run1
-  megatron-rlhf plan --reshard-only model=gpt_13b 'layout.policy=tp8 pp4 dp2' 'layout.generate=tp8' cluster=h100
+  megatron-rlhf plan experiment=instructgpt_6b cluster=h100
 
 A recipe that needs several ranks starts them on this machine, unless torchrun or srun started it as one of them.
 experiment=, model=, model@reward_model=, layout= and cluster= choose a file of configs/; key=value sets one setting.
@@ -78,6 +78,9 @@ def _is_follower() -> bool:
 
 def _dispatch(words: Sequence[str]) -> int:
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    if verb == "plan":
+        sys.stdout.write(importlib.import_module("megatron_rlhf.plan.verb").run(rest))
+        return 0
     if verb in ("--help", "-h", "help") or "--help" in rest or "-h" in rest:
         sys.stdout.write(_help())
         return 0
@@ -86,9 +89,6 @@ def _dispatch(words: Sequence[str]) -> int:
         return 0
     if verb == "doctor":
         sys.stdout.write(doctor.report())
-        return 0
-    if verb == "plan":
-        sys.stdout.write(_plan(rest))
         return 0
     if verb not in RECIPES:
         verbs = ", ".join([*RECIPES, "plan", "doctor"])
@@ -108,16 +108,6 @@ def _recipe(name: str, settings: Sequence[str]) -> int:
     silence()
     importlib.import_module(f"megatron_rlhf.recipes.{name}").run(config)
     return 0
-
-
-def _plan(words: Sequence[str]) -> str:
-    flags = {word for word in words if word in ("--reshard-only", "--json")}
-    if "--reshard-only" not in flags:
-        raise BadInput("plan knows the reshard part only so far; write for example plan --reshard-only layout=1024gpu")
-    config = load("plan", _settings([word for word in words if word not in flags]))
-    report = importlib.import_module("megatron_rlhf.plan.reshard").reshard(config)
-    text: str = report.as_json() if "--json" in flags else report.as_text()
-    return text
 
 
 def _settings(words: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Config, Model
@@ -75,34 +75,42 @@ class Role:
         return Phase(name, times * pipeline.update(self.stage, self.config.adam, averaged=averaged), times=times)
 
 
-def iteration(config: Config, world: int, switch: Seconds, room: int = 0) -> tuple[Phase, ...]:
-    """The phases of one PPO iteration in their order (recipes/ppo.py `step`).
+POLICY = ("policy", "reference")
+"""The roles whose phases the policy's train layout decides."""
+GENERATE = ("generate",)
+CRITICS = ("value", "reward")
+_ROLES = (*POLICY, *GENERATE, *CRITICS)
+
+
+def iteration(
+    config: Config, world: int, switch: Seconds, room: int = 0, *, roles: Sequence[str] = _ROLES
+) -> tuple[Phase, ...]:
+    """The phases of one PPO iteration in their order (recipes/ppo.py `step`), those of `roles`.
 
     `switch` is what moving the weights takes (`switched`); `room` is how many sequences a replica decodes together
     where sampling.batch=0 leaves it to the memory that is free, 0 for all of them.
     """
-    ppo = config.ppo
-    names = ("policy", "reference", "value", "reward")
-    policy, reference, value, reward = (Role.of(config, world, name) for name in names)
-    length, answer = config.data.max_prompt_tokens + config.sampling.max_tokens, config.sampling.max_tokens
+    ppo, answer = config.ppo, config.sampling.max_tokens
+    length = config.data.max_prompt_tokens + answer
+    at = {name: Role.of(config, world, name) for name in roles if name != "generate"}
+    found: list[Phase] = []
+    if "generate" in roles:
+        found += [Phase("reshard", switch), *generate(config, world, room)]
+    if "reward" in at:
+        found.append(at["reward"].read("score", ppo.episodes, length, 0))
+    for name, phase in (("reference", "reference"), ("policy", "old log-probs"), ("value", "values")):
+        if name in at:
+            found.append(at[name].read(phase, ppo.episodes, length, answer))
     updates, size = ppo.minibatches * ppo.epochs, ppo.episodes // ppo.minibatches
-    mixed = size * ppo.pretraining_ratio if ppo.pretraining_coef else 0
-    found = [
-        Phase("reshard", switch),
-        *generate(config, world, room),
-        reward.read("score", ppo.episodes, length, 0),
-        reference.read("reference", ppo.episodes, length, answer),
-        policy.read("old log-probs", ppo.episodes, length, answer),
-        value.read("values", ppo.episodes, length, 0),
-        value.learn("train value", size, length, 0, updates),
-        value.update("update value", updates),
-        policy.learn("train policy", size, length, answer, updates),
-    ]
-    if mixed:
-        text = config.pretrain.length
-        found.append(policy.learn("train pretraining mix", mixed, text, text, updates))
-    found.append(policy.update("update policy", updates, averaged=True))
-    if config.checkpoint.every:
+    if "value" in at:
+        found += [at["value"].learn("train value", size, length, 0, updates), at["value"].update("update value", updates)]
+    if "policy" in at:
+        found.append(at["policy"].learn("train policy", size, length, answer, updates))
+        if ppo.pretraining_coef:
+            mixed, text = size * ppo.pretraining_ratio, config.pretrain.length
+            found.append(at["policy"].learn("train pretraining mix", mixed, text, text, updates))
+        found.append(at["policy"].update("update policy", updates, averaged=True))
+    if config.checkpoint.every and "policy" in at:
         found.append(saved(config, world, 1 / config.checkpoint.every))
     return tuple(found)
 
@@ -202,4 +210,14 @@ class Bill:
             gpu_hours=hours,
             kilowatt_hours=hours * cluster.watts / 1000,
             price=hours * cluster.price,
+        )
+
+    def times(self, count: float) -> Bill:
+        """`count` of it, one after the other."""
+        return replace(
+            self,
+            seconds=count * self.seconds,
+            gpu_hours=count * self.gpu_hours,
+            kilowatt_hours=count * self.kilowatt_hours,
+            price=count * self.price,
         )

@@ -16,7 +16,7 @@ from megatron_rlhf import cli
 from megatron_rlhf.config.load import load
 from megatron_rlhf.plan import calibrate
 from megatron_rlhf.plan.calibrate import CLOCKS, Measured, calibrated, predictor
-from tests.plan.published import RECOMPUTED, SCALED, Published
+from megatron_rlhf.plan.published import RECOMPUTED, SCALED, Published
 
 A100 = load("plan", ["cluster=a100"]).cluster
 LAYOUTS = ["layout=128gpu", "layout=1024gpu", "layout=64gpu", "layout=8gpu"]

@@ -14,7 +14,7 @@ import pytest
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.schema import Cluster
 from megatron_rlhf.plan import flops
-from tests.plan.published import DEEPSPEED, LENGTH, RECOMPUTED, SCALED, UTILIZATION, Published, operations
+from megatron_rlhf.plan.published import DEEPSPEED, LENGTH, RECOMPUTED, SCALED, UTILIZATION, Published, operations
 
 A100 = load("plan", ["cluster=a100"]).cluster
 

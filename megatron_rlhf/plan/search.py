@@ -1,0 +1,291 @@
+"""The fastest layouts that fit a number of GPUs: of the policy while it trains and generates, and of both critics. Pure.
+
+Seconds of policy, critics and generation add up, so each is listed by its own; for every way to train, the fastest of
+the others that fits beside it is taken. What is faster than the best found and cannot fit is told by bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from megatron_rlhf.config.layout import Layout
+from megatron_rlhf.config.rules import BadInput
+from megatron_rlhf.config.schema import Config, Model
+from megatron_rlhf.plan import memory, pipeline, times
+from megatron_rlhf.plan.activations import GPU
+from megatron_rlhf.plan.phase import Bytes
+from megatron_rlhf.plan.plan import Plan
+from megatron_rlhf.plan.roofline import Seconds
+from megatron_rlhf.plan.stage import BYTES
+
+MARGIN = 0.1
+"""Share of what fits that a search leaves free: the bytes of a plan are within 10 % of those measured."""
+_MICRO_BATCHES = (1, 2, 4, 8)
+_RECOMPUTE = ("none", "selective", "full")
+_VIRTUAL = (1, 2, 3, 4)
+_FULLEST = ("train policy", "generate")
+_AHEAD = 200
+"""Pairs of a generate layout and critics that are tried beside one way to train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Settings of one part, and the seconds of an iteration that they decide."""
+
+    config: Config
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The fastest layouts that fit, with the plan of each; and what keeps the leanest from it without Adam on the host."""
+
+    gpus: int
+    plans: tuple[Plan, ...]
+    on_host: bool
+    """Whether they need the optimizer in host memory (`adam.host`), which was not asked for."""
+    obstacle: str
+    """Why the leanest layout does not fit without it; empty where one does."""
+    tried: int
+
+    def as_text(self) -> str:
+        """The layouts as a table, the fastest first, and the words that choose the first one."""
+        if not self.plans:
+            return f"Nothing fits on {self.gpus} GPUs, the optimizer in host memory included. {self.obstacle}\n"
+        lines = [f"{self.gpus} GPUs: the fastest that fit of {self.tried} combinations, {100 * MARGIN:.0f} % left free"]
+        if self.on_host:
+            told = f"Only with the optimizer in host memory (adam.host=true). {self.obstacle}"
+            lines += textwrap.wrap(told, 118, break_on_hyphens=False)
+        lines += ["", f"  {'s/iteration':>11} {'MFU':>6} {'GB':>5}  policy | generate | value and reward"]
+        for plan in self.plans:
+            config, total = plan.config, max(phase.total for phase in plan.memory)
+            layout, compute = config.layout, config.compute
+            lines += [
+                f"  {plan.bill.seconds:>11.1f} {plan.bill.mfu:>6.1%} {total / 1e9:>5.1f}  {layout.policy}, "
+                f"{compute.micro_batch} rows, {compute.recompute} | {layout.generate}, {config.sampling.batch} rows | "
+                f"{layout.value}"
+            ]
+        return "\n".join([*lines, "", "The first as settings:", "  " + " \\\n    ".join(words(self.plans[0].config))]) + "\n"
+
+    def as_json(self) -> str:
+        """The same under names."""
+        rows = [
+            {"settings": words(plan.config), "bill": asdict(plan.bill), "bytes": max(phase.total for phase in plan.memory)}
+            for plan in self.plans
+        ]
+        found = {"gpus": self.gpus, "on_host": self.on_host, "obstacle": self.obstacle, "tried": self.tried}
+        return json.dumps({**found, "layouts": rows}, indent=2) + "\n"
+
+
+def words(config: Config) -> list[str]:
+    """The settings that a search decides, as words of the command line."""
+    layouts = [f"'layout.{name}={value}'" for name, value in asdict(config.layout).items()]
+    compute, host = config.compute, ["adam.host=true"] if config.adam.host else []
+    return [
+        *layouts,
+        f"compute.micro_batch={compute.micro_batch} compute.recompute={compute.recompute}",
+        f"sampling.batch={config.sampling.batch} sampling.groups=0",
+        *host,
+    ]
+
+
+def search(config: Config, gpus: int, most: int = 5) -> Found:
+    """The `most` fastest iterations on `gpus` GPUs, each with another layout of the policy, by predicted seconds.
+
+    What `config` says besides layouts, micro-batch, recomputation and rows that generate together stays. Where nothing
+    fits, the optimizer goes to host memory, and `obstacle` says what was in the way. Raises BadInput for gpus below 1.
+    """
+    if gpus < 1:
+        raise BadInput(f"gpus={gpus}; a search needs at least one, write for example gpus=1024")
+    found = _Search(config, gpus)
+    plans = found.best(most)
+    if plans or config.adam.host:
+        return Found(gpus, plans, False, "" if plans else found.obstacle(), found.tried)
+    hosted = _Search(replace(config, adam=replace(config.adam, host=True)), gpus)
+    plans = hosted.best(most)
+    return Found(gpus, plans, bool(plans), (found if plans else hosted).obstacle(), found.tried + hosted.tried)
+
+
+class _Search:
+    """One search: the choices of each part by their seconds, and how many combinations were looked at."""
+
+    def __init__(self, config: Config, gpus: int) -> None:
+        self.config, self.gpus = config, gpus
+        self.limit = (1 - MARGIN) * memory.capacity(config)
+        self.training = sorted(self._training(), key=lambda choice: choice.seconds)
+        self.generating = sorted(self._generating(), key=lambda choice: choice.seconds)
+        self.critics = _front(list(self._critics()))
+        self.tried = len(self.training) * len(self.generating) * len(self.critics)
+        self.leanest: dict[str, tuple[float, Config]] = {}
+
+    def best(self, most: int) -> tuple[Plan, ...]:
+        """The plans of the fastest combinations that fit, one a layout of the policy."""
+        found: dict[str, tuple[float, Config]] = {}
+        if not (self.training and self.generating and self.critics):
+            return ()
+        rest = self.generating[0].seconds + self.critics[0].seconds
+        for train in self.training:
+            at = train.config.layout.policy
+            known = sorted(seconds for seconds, _ in found.values())
+            bound = min(found[at][0] if at in found else math.inf, known[most - 1] if len(known) >= most else math.inf)
+            if train.seconds + rest >= bound:
+                continue
+            together = self._beside(train)
+            if together and together[0] < bound:
+                found[at] = together
+        fastest = sorted(found.values(), key=lambda item: item[0])[:most]
+        plans = [Plan.of(config, self.gpus) for _, config in fastest]
+        return tuple(sorted(plans, key=lambda plan: plan.bill.seconds))
+
+    def obstacle(self) -> str:
+        """Which layout takes least, and what it takes."""
+        if not self.leanest:
+            return "No layout divides the model over these GPUs."
+        _, config = min(self.leanest.values(), key=lambda item: item[0])
+        phase, shared = memory.fullest(config, self.gpus), ""
+        if not config.reshard.share_reference:
+            lodged = replace(config, reshard=replace(config.reshard, share_reference=True))
+            shared = f" With reshard.share_reference=true it is {memory.fullest(lodged, self.gpus).total / 1e9:.1f} GB."
+        causes = sorted(phase.causes.items(), key=lambda cause: -cause[1])[:6]
+        told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in causes)
+        return (
+            f"Without it '{config.layout.policy}' is the leanest ({config.compute.recompute} recomputation), and its "
+            f"phase '{phase.name}' takes {phase.total / 1e9:.1f} GB; a tenth left free, {self.limit / 1e9:.1f} are there: "
+            f"{told}.{shared}"
+        )
+
+    def _beside(self, train: Choice) -> tuple[float, Config] | None:
+        """The fastest generate layout and critics that fit beside `train`."""
+        total = self._least(train)
+        if total > self.limit:
+            return None
+        pairs = sorted(
+            ((generate.seconds + critic.seconds, generate, critic) for generate, critic in self._pairs(train, total)),
+            key=lambda pair: pair[0],
+        )
+        for seconds, generate, critic in pairs[:_AHEAD]:
+            config = _joined(train.config, generate.config, critic.config)
+            if self._bytes(config) <= self.limit and memory.fullest(config, self.gpus).total <= self.limit:
+                return train.seconds + seconds, config
+        return None
+
+    def _least(self, train: Choice) -> float:
+        """Bytes of `train` with whatever takes least beside it. A layout that does not fit with a row at a time and full
+        recomputation fits in no other way."""
+        layout, compute = train.config.layout.policy, train.config.compute
+        if layout not in self.leanest:
+            slow = replace(train.config, compute=replace(compute, micro_batch=1, recompute="full"))
+            self.leanest[layout] = (self._bytes(self._lean(slow)), self._lean(slow))
+        least = self.leanest[layout][0]
+        return self._bytes(self._lean(train.config)) if least <= self.limit else least
+
+    def _bytes(self, config: Config) -> float:
+        """Bytes of the busiest GPU in the two phases that take most."""
+        run = Bytes.of(config, self.gpus, "ppo", GPU)
+        return max(sum(run.causes(name, seat).values()) for seat in run.seats for name in _FULLEST)
+
+    def _pairs(self, train: Choice, lean: float) -> Iterator[tuple[Choice, Choice]]:
+        """Generate layouts whose weights have room at all: those that lie in place of the policy's take none."""
+        model, size = self.config.model, BYTES[self.config.model.precision]
+        policy = Layout.parse(train.config.layout.policy, self.gpus)
+        free = self.limit - lean + size * pipeline.heaviest(model, policy)
+        for generate in self.generating:
+            target = Layout.parse(generate.config.layout.generate, self.gpus)
+            if size * pipeline.whole(model) / (target.tp * target.pp) <= free:
+                for critic in self.critics:
+                    yield generate, critic
+
+    def _lean(self, train: Config) -> Config:
+        """`train` with whatever takes least beside it: generation in its own layout, one row a stage."""
+        policy = Layout.parse(train.layout.policy, self.gpus)
+        generate = replace(train.layout, generate=f"tp{policy.tp} pp{policy.pp}")
+        sampling = replace(train.sampling, batch=policy.pp)
+        own = replace(train, layout=generate, sampling=sampling)
+        return _joined(own, own, min(self.critics, key=lambda choice: _critic_bytes(choice.config, self.gpus)).config)
+
+    def _training(self) -> Iterator[Choice]:
+        config = self.config
+        rows = config.ppo.episodes // config.ppo.minibatches
+        for layout in _layouts(config.model, self.gpus, config.cluster.node, virtual=_VIRTUAL):
+            sp = config.model.context % layout.tp == 0
+            for micro in _MICRO_BATCHES:
+                if micro > max(1, rows // layout.dp):
+                    break
+                for recompute in _RECOMPUTE:
+                    text = _words(layout, sp=sp)
+                    compute = replace(config.compute, micro_batch=micro, recompute=recompute)
+                    layouts = replace(config.layout, policy=text, reference=text, pretrain=text)
+                    yield self._chosen(replace(config, compute=compute, layout=layouts), times.POLICY)
+
+    def _generating(self) -> Iterator[Choice]:
+        config = self.config
+        for layout in _layouts(config.model, self.gpus, 2 * config.cluster.node):
+            local = math.ceil(config.ppo.episodes / layout.dp)
+            for batch in sorted({min(local, layout.pp * 2**power) for power in range(10)}):
+                layouts = replace(config.layout, generate=_words(layout))
+                sampling = replace(config.sampling, batch=batch, groups=0)
+                yield self._chosen(replace(config, layout=layouts, sampling=sampling), times.GENERATE)
+
+    def _critics(self) -> Iterator[Choice]:
+        config = self.config
+        for layout in _layouts(config.reward_model, self.gpus, config.cluster.node):
+            text = _words(layout, sp=config.reward_model.context % layout.tp == 0)
+            layouts = replace(config.layout, value=text, reward=text)
+            yield self._chosen(replace(config, layout=layouts), times.CRITICS)
+
+    def _chosen(self, config: Config, roles: tuple[str, ...]) -> Choice:
+        phases = times.iteration(config, self.gpus, Seconds(), roles=roles)
+        return Choice(config, math.fsum(phase.seconds.total for phase in phases))
+
+
+def _joined(train: Config, generate: Config, critic: Config) -> Config:
+    layout = replace(
+        train.layout,
+        generate=generate.layout.generate,
+        value=critic.layout.value,
+        reward=critic.layout.reward,
+    )
+    return replace(train, layout=layout, sampling=generate.sampling)
+
+
+def _front(choices: list[Choice]) -> list[Choice]:
+    """The choices that no other beats in both seconds and bytes, the fastest first."""
+    kept: list[Choice] = []
+    least = math.inf
+    for choice in sorted(choices, key=lambda choice: choice.seconds):
+        gpus = Layout.parse(choice.config.layout.value, _ranks(choice.config.layout.value)).size
+        if (size := _critic_bytes(choice.config, gpus)) < least:
+            kept.append(choice)
+            least = size
+    return kept
+
+
+def _critic_bytes(config: Config, gpus: int) -> float:
+    """Bytes of both critics on a GPU: 16-bit weights twice, fp32 gradients, the optimizer over the replicas."""
+    layout = Layout.parse(config.layout.value, gpus)
+    held = pipeline.heaviest(config.reward_model, layout, scalar=True)
+    return held * (2 * BYTES[config.reward_model.precision] + 4 + (0 if config.adam.host else 12 / layout.dp))
+
+
+def _ranks(text: str) -> int:
+    return math.prod(int(word[2:]) for word in text.split() if word[:2] in ("tp", "pp", "dp"))
+
+
+def _layouts(model: Model, gpus: int, widest: int, virtual: tuple[int, ...] = (1,)) -> Iterator[Layout]:
+    """Layouts on all GPUs that divide the model, tp a power of two up to `widest`, as config/rules.py has them."""
+    tp = 1
+    while tp <= min(widest, gpus):
+        splits = not (model.groups % tp or model.heads % tp or model.hidden % tp or model.ffn_width % tp or gpus % tp)
+        for pp in range(1, gpus // tp + 1 if splits else 1):
+            for vp in virtual:
+                if gpus % (tp * pp) == 0 and model.layers % (pp * vp) == 0 and (vp == 1 or pp > 1):
+                    yield Layout(tp, pp, gpus // (tp * pp), vp)
+        tp *= 2
+
+
+def _words(layout: Layout, *, sp: bool = False) -> str:
+    return str(replace(layout, sp=sp and layout.tp > 1))
