@@ -1,7 +1,7 @@
-"""What a cluster reaches of its rated speeds, fitted to measured runs; and how wrong it is on those left out. No torch.
+"""What a cluster reaches of its rated speeds, fitted to measured runs, and how wrong it is on others. No torch.
 
-A run is a line of a JSON list, `{"settings": ["experiment=quickstart", ...], "recipe": "ppo", "seconds": {...}}`, or the
-log.jsonl of a run whose settings are given beside it. Its seconds go by the names of log.jsonl, or are one number.
+A run is an entry of a JSON list, `{"settings": ["experiment=quickstart"], "recipe": "ppo", "seconds": {"score": 1}}`,
+or the log.jsonl of a run whose settings are given beside it. Seconds go by the names of log.jsonl, or are one number.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Calibration:
     def as_text(self) -> str:
         """The factors as the lines of a cluster file, then the errors."""
         lines = ["factors:", *(f"  {name}: {value:.4g}" for name, value in asdict(self.factors).items())]
-        for words, errors in (("fitted to", self.fitted), ("not fitted to, so this wrong on other runs:", self.held_out)):
-            lines += ["", f"{words}"] + [f"  {name:<40} {100 * error:+6.1f} %" for name, error in errors.items()]
+        others = "not fitted to, so this wrong on other runs:"
+        for words, errors in (("fitted to:", self.fitted), (others, self.held_out)):
+            lines += ["", words] + [f"  {name:<40} {100 * error:+6.1f} %" for name, error in errors.items()]
             if errors:
                 sizes = [abs(error) for error in errors.values()]
                 lines.append(f"  {'median, largest':<40} {_percent(statistics.median(sizes))}, {_percent(max(sizes))}")
@@ -116,7 +117,8 @@ def fit(runs: Sequence[Measured], cluster: Cluster) -> Factors:
         there = replace(cluster, factors=at(logs))
         return [error for run in runs for error in run.logs(there)] + [_HELD * float(value) for value in logs]
 
-    highest = [math.log(1 / value) + 1e-9 if name in _SHARES else 7.0 for name, value in zip(FITTED, start, strict=True)]
+    ends = zip(FITTED, start, strict=True)
+    highest = [math.log(1 / value) + 1e-9 if name in _SHARES else 7.0 for name, value in ends]
     return at(least_squares(residuals, np.zeros(len(FITTED)), bounds=([-7.0] * len(FITTED), highest)).x)
 
 
@@ -175,15 +177,17 @@ def _measured(name: str, run: Mapping[str, Any], settings: Sequence[str]) -> Mea
     known = {*CLOCKS, "step"} if recipe == "ppo" else {"step"}
     for clock, value in seconds.items():
         if clock not in known or not value > 0:
-            raise BadInput(f"{name}: '{clock}': {value} is no time of {recipe}; name seconds of {', '.join(sorted(known))}")
+            words = ", ".join(sorted(known))
+            raise BadInput(f"{name}: '{clock}': {value} is no time of {recipe}; name seconds of {words}")
     return Measured(run.get("name", name), seconds, predictor(config, recipe))
 
 
 def predictor(config: Config, recipe: str) -> Callable[[Cluster], Seconds]:
     """What a cluster is predicted to take for `config`, by clock; the run's own ranks count, not the cluster's."""
+    world = needed(config.layout)
     if recipe != "ppo":
-        return lambda cluster: {"step": _total(times.step(replace(config, cluster=cluster), needed(config.layout), recipe))}
-    world, moved = needed(config.layout), reshard(config).summary
+        return lambda cluster: {"step": _total(times.step(replace(config, cluster=cluster), world, recipe))}
+    moved = reshard(config).summary
 
     def predict(cluster: Cluster) -> Seconds:
         at = replace(config, cluster=cluster)

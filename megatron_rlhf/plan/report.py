@@ -88,7 +88,8 @@ def _bill(plan: Plan) -> Iterator[str]:
 
 
 def _cost(bill: Bill) -> str:
-    found = [f"{bill.seconds / 3600:.2f} h", f"{bill.gpu_hours:,.0f} GPU-hours", f"{bill.tokens_per_second:,.0f} tokens/s"]
+    found = [f"{bill.seconds / 3600:.2f} h", f"{bill.gpu_hours:,.0f} GPU-hours"]
+    found += [f"{bill.tokens_per_second:,.0f} tokens/s"]
     found += [f"{bill.kilowatt_hours:,.0f} kWh"] if bill.kilowatt_hours else []
     return ", ".join([*found, *([f"price {bill.price:,.0f}"] if bill.price else [])])
 

@@ -1,9 +1,11 @@
-"""docs/scaling.md, written by the planner: what an iteration of the paper costs on 128, 512 and 1,024 H100s. No torch."""
+"""docs/scaling.md, written by the planner: what an iteration of the paper costs on 128 to 1,024 H100s. No torch."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.schema import Config, Factors
@@ -38,9 +40,16 @@ _FORMULA = {
 def page() -> str:
     """The whole page."""
     config = load("plan", ["cluster=h100"])
-    found = [search(config, gpus) for gpus in GPUS]
-    parts = [_head(config), _which(found), _phases(found), _memory(found), _formulas(config), _published(), _compute(config)]
+    found = [searched(gpus) for gpus in GPUS]
+    parts = [_head(config), _which(found), _phases(found), _memory(found)]
+    parts += [_formulas(config), _published(), _compute(config)]
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"
+
+
+@cache
+def searched(gpus: int) -> Found:
+    """What a search for the paper's run on so many H100s finds."""
+    return search(load("plan", ["cluster=h100"]), gpus)
 
 
 def _head(config: Config) -> Iterator[str]:
@@ -48,12 +57,13 @@ def _head(config: Config) -> Iterator[str]:
     length = config.data.max_prompt_tokens + config.sampling.max_tokens
     yield "# What one iteration of the paper costs"
     yield ""
-    yield "Written by `megatron-rlhf plan scaling`, held by `tests/plan/test_scaling.py`; no run of this size has been made."
-    yield f"An iteration of PPO-ptx is {ppo.episodes} episodes of {length:,} tokens, {ppo.minibatches} updates, and"
-    yield f"{ppo.pretraining_ratio} rows of pretraining text an episode: a 175B policy and reference, a 6B value and reward model,"
-    yield "bf16, every row as long as it may be, which is how the paper counted its compute. DGX H100 nodes (`cluster=h100`)."
-    yield "The numbers in brackets are those of the [formulas](#formulas)."
-    yield ""
+    yield from _prose(
+        "Written by `megatron-rlhf plan scaling`, held by `tests/plan/test_scaling.py`; no run of this size has been "
+        f"made. An iteration of PPO-ptx is {ppo.episodes} episodes of {length:,} tokens, {ppo.minibatches} updates, "
+        f"and {ppo.pretraining_ratio} rows of pretraining text an episode: a 175B policy and reference, a 6B value and "
+        "reward model, bf16, every row as long as it may be, which is how the paper counted its compute. DGX H100 "
+        "nodes (`cluster=h100`). The numbers in brackets are those of the [formulas](#formulas)."
+    )
 
 
 def _which(found: Sequence[Found]) -> Iterator[str]:
@@ -87,26 +97,26 @@ def _which(found: Sequence[Found]) -> Iterator[str]:
     yield "What comes next after the fastest:"
     yield ""
     rest = [
-        [f"{each.gpus:,}", f"{plan.bill.seconds:.1f}", f"`{plan.config.layout.policy}`", f"`{plan.config.layout.generate}`"]
+        [f"{each.gpus:,}", f"{plan.bill.seconds:.1f}", f"`{at.policy}`", f"`{at.generate}`"]
         for each in found
         for plan in each.plans[1:]
+        for at in [plan.config.layout]
     ]
     yield from _table(["GPUs", "seconds", "policy", "generate"], rest)
-    fewer = search(load("plan", ["cluster=h100"]), 64, most=1)
-    yield f"On 64 GPUs nothing fits but with the optimizer in host memory (`adam.host=true`): `{_layout(fewer)}`,"
-    yield f"{fewer.plans[0].bill.seconds:.0f} s an iteration. {fewer.obstacle}"
-    yield ""
-
-
-def _layout(found: Found) -> str:
-    return found.plans[0].config.layout.policy
+    fewer = searched(64)
+    yield from _prose(
+        "On 64 GPUs nothing fits but with the optimizer in host memory (`adam.host=true`): "
+        f"`{fewer.plans[0].config.layout.policy}`, {fewer.plans[0].bill.seconds:.0f} s an iteration. {fewer.obstacle}"
+    )
 
 
 def _phases(found: Sequence[Found]) -> Iterator[str]:
     yield "## Seconds, phase by phase"
     yield ""
-    yield "Operations are those the result needs. By cause: the busiest GPU's seconds on 1,024, those of a fiftieth or more."
-    yield ""
+    yield from _prose(
+        "Operations are those the result needs. By cause: the busiest GPU's seconds on 1,024, those of a fiftieth or "
+        "more."
+    )
     plans = [each.plans[0] for each in found]
     rows = []
     for number, phase in enumerate(plans[0].phases):
@@ -129,8 +139,8 @@ def _memory(found: Sequence[Found]) -> Iterator[str]:
     plans = [each.plans[0] for each in found]
     yield "## Memory, phase by phase"
     yield ""
-    yield f"GB on the busiest GPU; {plans[0].capacity / 1e9:.0f} are there, {ALLOWANCE:.0%} of 80 being left to fragmentation (10)."
-    yield ""
+    there = f"{plans[0].capacity / 1e9:.0f} are there, {ALLOWANCE:.0%} of 80 being left to fragmentation (10)."
+    yield from _prose(f"GB on the busiest GPU; {there}")
     rows = []
     for number, phase in enumerate(plans[0].memory):
         same = [plan.memory[number] for plan in plans]
@@ -155,15 +165,18 @@ def _formulas(config: Config) -> Iterator[str]:
         ["H, R, D", "to the host, its memory, storage", _rates(config), "1", "bytes/s"],
     ]
     yield from _table(["", "what", "rated, a GPU", "reached", "unit"], rows)
-    yield "b rows of a micro-batch, s positions, h width, f feed-forward width, a heads, V vocabulary, L layers; t, p, d, v the"
-    yield "degrees tp, pp, dp, vp; m micro-batches of a replica; P parameters of the fullest rank; 2 bytes a weight. A product"
-    yield "takes max(operations / F, bytes of its weights / B); what of it waits for memory counts as memory."
-    yield ""
-    yield from _LAYER
-    yield f"A collective or message takes {factors.latency * 1e6:g} us however small, a kernel {factors.launch * 1e6:g} us to start where that is longer than"
-    yield f"it runs (`launch`); everything on several GPUs takes {factors.straggler:g} times as long, for the slowest (`straggler`)."
-    yield ""
-    yield from _PHASES
+    yield from _prose(_LETTERS)
+    yield from _prose(_LAYER)
+    yield from _prose(
+        f"A collective or message takes {factors.latency * 1e6:g} us however small, a kernel {factors.launch * 1e6:g} "
+        f"us to start where that is longer than it runs (`launch`); on several GPUs everything takes "
+        f"{factors.straggler:g} times as long, for the slowest (`straggler`)."
+    )
+    for number, told in enumerate(_PHASES, 1):
+        first = f"{number}. "
+        yield from textwrap.wrap(
+            told, 120, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
+        )
     yield ""
 
 
@@ -172,51 +185,60 @@ def _rates(config: Config) -> str:
     return f"{cluster.host:.3g}, {cluster.ram:.3g}, {cluster.disk:.3g}"
 
 
+_LETTERS = """\
+b rows of a micro-batch, s positions, h width, f feed-forward width, V vocabulary, L layers; t, p, d, v the degrees
+tp, pp, dp, vp; m micro-batches of a replica; P parameters of the fullest rank; 2 bytes a weight. A product takes
+max(operations / F, bytes of its weights / B); what of it waits for memory counts as memory."""
 _LAYER = """\
-**A layer forward** is its products, 2 bs (4h^2 + 2hf) / t operations (gpt style), attention's 4 b s^2 h / t, half of them
-above the diagonal and left out, 2 bs (10 h/t + (2f + 8h)/t) bytes of norms, sums, activation and permutations (10 h without sp),
-and two sums over tp, each 2 (t-1)/t 2bsh bytes over N, over I where t is more than a node. **Backward** it is the
-products twice, attention 2.5 times, the bytes twice, the sums twice, and 12 bytes a weight of the stage, since weight
-gradients are added to the fp32 buffer after the product; selective recomputation adds attention, full the whole layer.
-**The head** is 2 h V/t operations a position that is read and 4 V/t bytes, twice that backward. (Narayanan et al. 2021,
-arXiv 2104.04473; Korthikanti et al. 2022, arXiv 2205.05198; Dao et al. 2022, arXiv 2205.14135.)
-""".splitlines()
-_PHASES = """\
-1. Reshard: what the busiest card sends or receives by the plan of the switch over I, or the busiest NVLink over N,
-   whichever is longer ([reshard.md](reshard.md)). With `reshard.park_optimizer` 2 x 16 P/d bytes over H.
-2. Prefill: a group's prompts through L/p layers forward and one draw; groups x that and a hop to the next stage.
-3. Decode: a step reads the weights of L/p layers (2 (4h^2 + 2hf)/t bytes each) and the cache of the group's rows
-   (4 h/t bytes a row, slot and layer), two sums over tp a layer, the head and a draw on the last stage, a hop. Times
-   the groups a replica has, times the tokens a response may have less one; fewer groups than stages leave a bubble.
-4. Forward: m micro-batches (`compute.forward_micro_batch`) on the busiest stage, and the other stages' time for one
-   of them over v as bubble: with equal stages (p-1)/(v m) of the work. Each sends 2bsh/t bytes to the next stage.
-5. Forward and backward: the same with the backward (`compute.micro_batch`), for every update of the iteration.
-6. Update: fp32 gradients reduce-scattered and 16-bit weights gathered over dp, (d-1)/d 6P bytes over as many cards as the
-   group has ranks in a node, or over N inside one; 8P bytes of norm and emptying, 30 P/d of Adam, 12 P/d of the policy's
-   average over B; the gradients of a tied table summed over its two stages. With `adam.host` Adam's 28 P/d over R and 6 P/d over H.
-7. Save: 16 bytes a parameter of the policy (weight, moments, average) and 12 of the value model, over all GPUs' H; the run
-   waits for that copy only, the writing over D goes on beside it. In an iteration where `checkpoint.every` asks for it.
-8. MFU: operations that the result needs (nothing that is computed again; attention counts every pair of positions, as
-   Megatron's papers do) / (seconds x GPUs x rated FLOP/s).
-9. Energy: GPU-hours x `cluster.watts`, the node's most over its GPUs; price: GPU-hours x `cluster.price`.
-10. Memory: `megatron_rlhf/plan/phase.py` counts every tensor by cause: weights, gradients, optimizer, average, activations, logits,
-   keys and values, communication.""".splitlines()
+**A layer forward** is its products, 2 bs (4h^2 + 2hf) / t operations (gpt style); attention's 4 b s^2 h / t, the
+half above the diagonal left out; 2 bs (10h + 2f + 8h) / t bytes of norms, sums, activation and permutations (10h not
+over t without sp); and two sums over tp, each 2 (t-1)/t 2bsh bytes over N, over I where t is more than a node.
+**Backward** it is the products twice, attention 2.5 times, the bytes twice, the sums twice, and 12 bytes a weight of
+the stage, since weight gradients are added to the fp32 buffer after the product; selective recomputation adds
+attention, full the whole layer. **The head** is 2hV/t operations a position that is read and 4V/t bytes, twice that
+backward. (Narayanan et al. 2021, arXiv 2104.04473; Korthikanti et al. 2022, arXiv 2205.05198; Dao et al. 2022, arXiv
+2205.14135.)"""
+_PHASES = (
+    "Reshard: what the busiest card sends or receives by the plan of the switch over I, or the busiest NVLink over N, "
+    "whichever is longer ([reshard.md](reshard.md)). With `reshard.park_optimizer` 2 x 16P/d bytes over H.",
+    "Prefill: a group's prompts through L/p layers forward, one draw, and a hop to the next stage; groups x that.",
+    "Decode: a step reads the weights of L/p layers (2 (4h^2 + 2hf)/t bytes each) and the cache of the group's rows "
+    "(4h/t bytes a row, slot and layer); two sums over tp a layer, the head and a draw on the last stage, a hop. Times "
+    "the groups a replica has, times the tokens a response may have less one; fewer groups than stages leave a bubble.",
+    "Forward: m micro-batches (`compute.forward_micro_batch`) on the busiest stage, and the other stages' time for one "
+    "of them over v as bubble: with equal stages (p-1)/(vm) of the work. Each sends 2bsh/t bytes to the next stage.",
+    "Forward and backward: the same with the backward (`compute.micro_batch`), for every update of the iteration.",
+    "Update: fp32 gradients reduce-scattered and 16-bit weights gathered over dp, (d-1)/d 6P bytes over as many cards "
+    "as the group has ranks in a node, or over N inside one; 8P bytes of norm and emptying, 30P/d of Adam and 12P/d of "
+    "the policy's average over B; the gradients of a tied table summed over its two stages. With `adam.host` Adam's "
+    "28P/d over R and 6P/d over H.",
+    "Save: 16 bytes a parameter of the policy (weight, moments, average) and 12 of the value model, over all GPUs' H; "
+    "the run waits for that copy only, the writing over D goes on beside it. In an iteration where `checkpoint.every` "
+    "asks.",
+    "MFU: operations that the result needs (nothing that is computed again; attention counts every pair of positions, "
+    "as Megatron's papers do) / (seconds x GPUs x rated FLOP/s).",
+    "Energy: GPU-hours x `cluster.watts`, the node's most over its GPUs. Price: GPU-hours x `cluster.price`.",
+    "Memory: every tensor counted by cause, weights, gradients, optimizer, average, activations, logits, keys and "
+    "values, communication (`megatron_rlhf/plan/memory.py`).",
+)
 
 
 def _published() -> Iterator[str]:
     cluster = load("plan", ["cluster=a100"]).cluster
     yield "## Against what others measured"
     yield ""
-    yield f"Seconds a step of Megatron on A100s, with one set of factors ({_told(cluster.factors)}) and the kernels of"
-    yield "that time (attention not fused, weight gradients added inside the product). Korthikanti et al. 2022, tables 3 and 5;"
-    yield "Narayanan et al. 2021, table 1 (h x L on GPUs; its micro-batches are not printed, 1 is taken). Megatron-Turing NLG"
-    yield "(Smith et al. 2022, arXiv 2201.11990) ran on DeepSpeed's engine, to which no factor is fitted."
-    yield ""
+    yield from _prose(
+        f"Seconds a step of Megatron on A100s, with one set of factors ({_told(cluster.factors)}) and the kernels of "
+        "that time (attention not fused, weight gradients added inside the product). Korthikanti et al. 2022, tables 3 "
+        "and 5; Narayanan et al. 2021, table 1 (h x L on GPUs; its micro-batches are not printed, 1 is taken). "
+        "Megatron-Turing NLG (Smith et al. 2022, arXiv 2201.11990) ran on DeepSpeed's engine, to which no factor is "
+        "fitted."
+    )
     rows = []
     for run in (*RECOMPUTED, *SCALED, *DEEPSPEED):
         found = run.predicted(cluster).total
-        layout = f"{run.layout.size:,}"
-        rows.append([run.name, layout, f"{run.seconds:.2f}", f"{found:.2f}", f"{100 * (found / run.seconds - 1):+.0f} %"])
+        error = f"{100 * (found / run.seconds - 1):+.0f} %"
+        rows.append([run.name, f"{run.layout.size:,}", f"{run.seconds:.2f}", f"{found:.2f}", error])
     yield from _table(["run", "GPUs", "measured", "predicted", "error"], rows)
 
 
@@ -236,6 +258,12 @@ def _compute(config: Config) -> Iterator[str]:
         parts = ", ".join(f"{name} {work:.3g}" for name, work in passes.items()) if len(passes) > 1 else ""
         rows.append([run, f"{PAPER[run]:g}", f"{total:.4g}", f"{100 * (total / PAPER[run] - 1):+.1f} %", parts])
     yield from _table(["run", "paper", "found", "error", "of which"], rows)
+
+
+def _prose(text: str) -> Iterator[str]:
+    """A paragraph in lines of 120, and an empty line."""
+    yield from textwrap.wrap(text, 120, break_on_hyphens=False)
+    yield ""
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

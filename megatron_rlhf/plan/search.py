@@ -1,4 +1,4 @@
-"""The fastest layouts that fit a number of GPUs: of the policy while it trains and generates, and of both critics. Pure.
+"""The fastest layouts that fit a number of GPUs: of the policy, of generation and of both critics. Pure, no torch.
 
 Seconds of policy, critics and generation add up, so each is listed by its own; for every way to train, the fastest of
 the others that fits beside it is taken. What is faster than the best found and cannot fit is told by bounds.
@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.config.schema import Config, Model
-from megatron_rlhf.plan import memory, pipeline, times
+from megatron_rlhf.config.schema import Config, Layouts, Model
+from megatron_rlhf.plan import flops, memory, pipeline, residents, times
 from megatron_rlhf.plan.activations import GPU
 from megatron_rlhf.plan.phase import Bytes
 from megatron_rlhf.plan.plan import Plan
+from megatron_rlhf.plan.residents import Seat
 from megatron_rlhf.plan.roofline import Seconds
 from megatron_rlhf.plan.stage import BYTES
 
@@ -27,9 +28,8 @@ MARGIN = 0.1
 _MICRO_BATCHES = (1, 2, 4, 8)
 _RECOMPUTE = ("none", "selective", "full")
 _VIRTUAL = (1, 2, 3, 4)
-_FULLEST = ("train policy", "generate")
-_AHEAD = 200
-"""Pairs of a generate layout and critics that are tried beside one way to train."""
+# First words of the causes that are there whatever generates and judges beside the policy.
+_ALONE = ("policy", "reference", "activations", "logits", "adam", "context")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The fastest layouts that fit, with the plan of each; and what keeps the leanest from it without Adam on the host."""
+    """The plans of the fastest layouts that fit, and what keeps the leanest from it where Adam must be on the host."""
 
     gpus: int
     plans: tuple[Plan, ...]
@@ -55,7 +55,7 @@ class Found:
     def as_text(self) -> str:
         """The layouts as a table, the fastest first, and the words that choose the first one."""
         if not self.plans:
-            return f"Nothing fits on {self.gpus} GPUs, the optimizer in host memory included. {self.obstacle}\n"
+            return f"Nothing fits on {self.gpus} GPUs, not with the optimizer in host memory either. {self.obstacle}\n"
         lines = [f"{self.gpus} GPUs: the fastest that fit of {self.tried} combinations, {100 * MARGIN:.0f} % left free"]
         if self.on_host:
             told = f"Only with the optimizer in host memory (adam.host=true). {self.obstacle}"
@@ -69,12 +69,13 @@ class Found:
                 f"{compute.micro_batch} rows, {compute.recompute} | {layout.generate}, {config.sampling.batch} rows | "
                 f"{layout.value}"
             ]
-        return "\n".join([*lines, "", "The first as settings:", "  " + " \\\n    ".join(words(self.plans[0].config))]) + "\n"
+        first = "  " + " \\\n    ".join(words(self.plans[0].config))
+        return "\n".join([*lines, "", "The first as settings:", first]) + "\n"
 
     def as_json(self) -> str:
         """The same under names."""
         rows = [
-            {"settings": words(plan.config), "bill": asdict(plan.bill), "bytes": max(phase.total for phase in plan.memory)}
+            {"settings": words(plan.config), "bill": asdict(plan.bill), "bytes": max(p.total for p in plan.memory)}
             for plan in self.plans
         ]
         found = {"gpus": self.gpus, "on_host": self.on_host, "obstacle": self.obstacle, "tried": self.tried}
@@ -107,7 +108,7 @@ def search(config: Config, gpus: int, most: int = 5) -> Found:
         return Found(gpus, plans, False, "" if plans else found.obstacle(), found.tried)
     hosted = _Search(replace(config, adam=replace(config.adam, host=True)), gpus)
     plans = hosted.best(most)
-    return Found(gpus, plans, bool(plans), (found if plans else hosted).obstacle(), found.tried + hosted.tried)
+    return Found(gpus, plans, bool(plans), found.obstacle(), found.tried + hosted.tried)
 
 
 class _Search:
@@ -118,24 +119,20 @@ class _Search:
         self.limit = (1 - MARGIN) * memory.capacity(config)
         self.training = sorted(self._training(), key=lambda choice: choice.seconds)
         self.generating = sorted(self._generating(), key=lambda choice: choice.seconds)
-        self.critics = _front(list(self._critics()))
+        self.critics = _front(list(self._critics()), gpus)
         self.tried = len(self.training) * len(self.generating) * len(self.critics)
-        self.leanest: dict[str, tuple[float, Config]] = {}
+        self.pairs: dict[str, list[tuple[float, Choice, Choice]]] = {}
+        self.known: dict[tuple[object, ...], float] = {}
+        self.seats: dict[Layouts, list[Seat]] = {}
 
     def best(self, most: int) -> tuple[Plan, ...]:
         """The plans of the fastest combinations that fit, one a layout of the policy."""
         found: dict[str, tuple[float, Config]] = {}
-        if not (self.training and self.generating and self.critics):
-            return ()
-        rest = self.generating[0].seconds + self.critics[0].seconds
-        for train in self.training:
+        for train in self.training if self.critics else ():
             at = train.config.layout.policy
             known = sorted(seconds for seconds, _ in found.values())
             bound = min(found[at][0] if at in found else math.inf, known[most - 1] if len(known) >= most else math.inf)
-            if train.seconds + rest >= bound:
-                continue
-            together = self._beside(train)
-            if together and together[0] < bound:
+            if together := self._beside(train, bound):
                 found[at] = together
         fastest = sorted(found.values(), key=lambda item: item[0])[:most]
         plans = [Plan.of(config, self.gpus) for _, config in fastest]
@@ -143,69 +140,102 @@ class _Search:
 
     def obstacle(self) -> str:
         """Which layout takes least, and what it takes."""
-        if not self.leanest:
-            return "No layout divides the model over these GPUs."
-        _, config = min(self.leanest.values(), key=lambda item: item[0])
+        if not (self.training and self.generating and self.critics):
+            return "No layout divides the models over these GPUs."
+        slow = (train.config for train in self.training if _is_slow(train.config))
+        config = min(map(self._leanest, slow), key=self._total)
         phase, shared = memory.fullest(config, self.gpus), ""
         if not config.reshard.share_reference:
             lodged = replace(config, reshard=replace(config.reshard, share_reference=True))
-            shared = f" With reshard.share_reference=true it is {memory.fullest(lodged, self.gpus).total / 1e9:.1f} GB."
+            shared = f" With reshard.share_reference=true it is {self._total(lodged) / 1e9:.1f} GB."
         causes = sorted(phase.causes.items(), key=lambda cause: -cause[1])[:6]
         told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in causes)
         return (
-            f"Without it '{config.layout.policy}' is the leanest ({config.compute.recompute} recomputation), and its "
-            f"phase '{phase.name}' takes {phase.total / 1e9:.1f} GB; a tenth left free, {self.limit / 1e9:.1f} are there: "
-            f"{told}.{shared}"
+            f"Without it the leanest is '{config.layout.policy}' with {config.compute.recompute} recomputation, whose "
+            f"phase '{phase.name}' takes {phase.total / 1e9:.1f} GB where {self.limit / 1e9:.1f} are there, "
+            f"{MARGIN:.0%} left free: {told}.{shared}"
         )
 
-    def _beside(self, train: Choice) -> tuple[float, Config] | None:
-        """The fastest generate layout and critics that fit beside `train`."""
-        total = self._least(train)
-        if total > self.limit:
+    def _leanest(self, train: Config) -> Config:
+        """`train` beside the leanest critics, generating one row a stage in its own layout."""
+        policy = Layout.parse(train.layout.policy, self.gpus)
+        layout = replace(train.layout, generate=f"tp{policy.tp} pp{policy.pp}")
+        own = replace(train, layout=layout, sampling=replace(train.sampling, batch=policy.pp))
+        return _joined(own, own, self.critics[-1].config)
+
+    def _total(self, config: Config) -> float:
+        return memory.fullest(config, self.gpus).total
+
+    def _beside(self, train: Choice, bound: float) -> tuple[float, Config] | None:
+        """The fastest generate layout and critics that fit beside `train`, None unless all take less than `bound`."""
+        pairs = self._pairs(train.config)
+        if not pairs or train.seconds + pairs[0][0] >= bound or self._floor(train.config) > self.limit:
             return None
-        pairs = sorted(
-            ((generate.seconds + critic.seconds, generate, critic) for generate, critic in self._pairs(train, total)),
-            key=lambda pair: pair[0],
-        )
-        for seconds, generate, critic in pairs[:_AHEAD]:
+        for seconds, generate, critic in pairs:
+            if train.seconds + seconds >= bound:
+                return None
             config = _joined(train.config, generate.config, critic.config)
             if self._bytes(config) <= self.limit and memory.fullest(config, self.gpus).total <= self.limit:
                 return train.seconds + seconds, config
         return None
 
-    def _least(self, train: Choice) -> float:
-        """Bytes of `train` with whatever takes least beside it. A layout that does not fit with a row at a time and full
-        recomputation fits in no other way."""
-        layout, compute = train.config.layout.policy, train.config.compute
-        if layout not in self.leanest:
-            slow = replace(train.config, compute=replace(compute, micro_batch=1, recompute="full"))
-            self.leanest[layout] = (self._bytes(self._lean(slow)), self._lean(slow))
-        least = self.leanest[layout][0]
-        return self._bytes(self._lean(train.config)) if least <= self.limit else least
+    def _pairs(self, train: Config) -> list[tuple[float, Choice, Choice]]:
+        """Generate layouts and critics that have room beside a layout of the policy, by their seconds.
+
+        What does not fit beside one row at a time and full recomputation fits beside nothing. Of generate weights at
+        least the layers are everywhere, less what lies in place of the policy's own.
+        """
+        at = train.layout.policy
+        if at not in self.pairs:
+            slow = replace(train, compute=replace(train.compute, micro_batch=1, recompute="full"))
+            model, size, floor = self.config.model, BYTES[self.config.model.precision], self._floor(slow)
+            room = self.limit - floor + size * pipeline.heaviest(model, Layout.parse(at, self.gpus))
+            layers = size * model.layers * flops.layer_weights(model)
+            found = [
+                (generate.seconds + critic.seconds, generate, critic)
+                for generate in self.generating
+                if floor <= self.limit and layers / _shards(generate.config.layout.generate) <= room
+                for critic in self.critics
+            ]
+            self.pairs[at] = sorted(found, key=lambda pair: pair[0])
+        return self.pairs[at]
+
+    def _floor(self, train: Config) -> float:
+        """Bytes that the policy takes while it trains whatever generates and judges beside it."""
+        key = (train.layout.policy, train.compute.micro_batch, train.compute.recompute)
+        if key not in self.known:
+            policy = Layout.parse(train.layout.policy, self.gpus)
+            alone = replace(train, layout=replace(train.layout, generate=f"tp{policy.tp} pp{policy.pp}"))
+            run = self._run(_joined(alone, alone, self.critics[-1].config))
+            self.known[key] = max(
+                sum(size for cause, size in run.causes("train policy", seat).items() if cause.split()[0] in _ALONE)
+                for seat in run.seats
+            )
+        return self.known[key]
 
     def _bytes(self, config: Config) -> float:
-        """Bytes of the busiest GPU in the two phases that take most."""
-        run = Bytes.of(config, self.gpus, "ppo", GPU)
-        return max(sum(run.causes(name, seat).values()) for seat in run.seats for name in _FULLEST)
+        """Bytes of the busiest GPU in the two phases that take most, or in the first that takes too much."""
+        layout, compute = config.layout, config.compute
+        most = 0.0
+        for phase, decides in (
+            ("train policy", (compute.micro_batch, compute.recompute)),
+            ("generate", (config.sampling.batch,)),
+        ):
+            key = (phase, layout.policy, layout.generate, layout.value, *decides)
+            if key not in self.known:
+                run = self._run(config)
+                self.known[key] = max(sum(run.causes(phase, seat).values()) for seat in run.seats)
+            most = max(most, self.known[key])
+            if most > self.limit:
+                break
+        return most
 
-    def _pairs(self, train: Choice, lean: float) -> Iterator[tuple[Choice, Choice]]:
-        """Generate layouts whose weights have room at all: those that lie in place of the policy's take none."""
-        model, size = self.config.model, BYTES[self.config.model.precision]
-        policy = Layout.parse(train.config.layout.policy, self.gpus)
-        free = self.limit - lean + size * pipeline.heaviest(model, policy)
-        for generate in self.generating:
-            target = Layout.parse(generate.config.layout.generate, self.gpus)
-            if size * pipeline.whole(model) / (target.tp * target.pp) <= free:
-                for critic in self.critics:
-                    yield generate, critic
-
-    def _lean(self, train: Config) -> Config:
-        """`train` with whatever takes least beside it: generation in its own layout, one row a stage."""
-        policy = Layout.parse(train.layout.policy, self.gpus)
-        generate = replace(train.layout, generate=f"tp{policy.tp} pp{policy.pp}")
-        sampling = replace(train.sampling, batch=policy.pp)
-        own = replace(train, layout=generate, sampling=sampling)
-        return _joined(own, own, min(self.critics, key=lambda choice: _critic_bytes(choice.config, self.gpus)).config)
+    def _run(self, config: Config) -> Bytes:
+        """The roles of `config` on their ranks; which roles share a rank follows from the layouts alone."""
+        roles = residents.ppo(config, self.gpus)
+        if config.layout not in self.seats:
+            self.seats[config.layout] = residents.seats(roles, self.gpus)
+        return Bytes(config, self.gpus, "ppo", GPU, roles, self.seats[config.layout])
 
     def _training(self) -> Iterator[Choice]:
         config = self.config
@@ -252,12 +282,16 @@ def _joined(train: Config, generate: Config, critic: Config) -> Config:
     return replace(train, layout=layout, sampling=generate.sampling)
 
 
-def _front(choices: list[Choice]) -> list[Choice]:
+def _is_slow(config: Config) -> bool:
+    """Whether it is the way to train in its layout that takes least memory."""
+    return config.compute.micro_batch == 1 and config.compute.recompute == "full"
+
+
+def _front(choices: list[Choice], gpus: int) -> list[Choice]:
     """The choices that no other beats in both seconds and bytes, the fastest first."""
     kept: list[Choice] = []
     least = math.inf
     for choice in sorted(choices, key=lambda choice: choice.seconds):
-        gpus = Layout.parse(choice.config.layout.value, _ranks(choice.config.layout.value)).size
         if (size := _critic_bytes(choice.config, gpus)) < least:
             kept.append(choice)
             least = size
@@ -271,8 +305,8 @@ def _critic_bytes(config: Config, gpus: int) -> float:
     return held * (2 * BYTES[config.reward_model.precision] + 4 + (0 if config.adam.host else 12 / layout.dp))
 
 
-def _ranks(text: str) -> int:
-    return math.prod(int(word[2:]) for word in text.split() if word[:2] in ("tp", "pp", "dp"))
+def _shards(text: str) -> int:
+    return math.prod(int(word[2:]) for word in text.split() if word[:2] in ("tp", "pp"))
 
 
 def _layouts(model: Model, gpus: int, widest: int, virtual: tuple[int, ...] = (1,)) -> Iterator[Layout]:

@@ -103,7 +103,8 @@ def iteration(
             found.append(at[name].read(phase, ppo.episodes, length, answer))
     updates, size = ppo.minibatches * ppo.epochs, ppo.episodes // ppo.minibatches
     if "value" in at:
-        found += [at["value"].learn("train value", size, length, 0, updates), at["value"].update("update value", updates)]
+        value = at["value"]
+        found += [value.learn("train value", size, length, 0, updates), value.update("update value", updates)]
     if "policy" in at:
         found.append(at["policy"].learn("train policy", size, length, answer, updates))
         if ppo.pretraining_coef:

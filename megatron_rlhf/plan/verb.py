@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
+from megatron_rlhf.config.schema import Layouts
 from megatron_rlhf.config.world import needed
 
 HELP = """\
@@ -82,7 +84,7 @@ def _search(settings: Sequence[str], *, json: bool) -> str:
     if gpus and not gpus[-1].isdigit():
         raise BadInput(f"gpus={gpus[-1]} is no number of GPUs; write for example gpus=1024")
     wanted = int(gpus[-1]) if gpus else needed(config.layout)
-    check(config, max(needed(config.layout), 1))
+    check(replace(config, layout=Layouts()), 1)  # the layouts are what is searched
     found = importlib.import_module("megatron_rlhf.plan.search").search(config, wanted)
     text: str = found.as_json() if json else found.as_text()
     return text
@@ -100,7 +102,9 @@ def _calibrate(files: Sequence[str], settings: Sequence[str], *, json: bool) -> 
 def _sorted(words: Sequence[str]) -> tuple[set[str], list[str], list[str], str]:
     """Flags, `key=value` words, other words, and the picture's file."""
     flags: set[str] = set()
-    settings, files, picture = [], [], ""
+    settings: list[str] = []
+    files: list[str] = []
+    picture = ""
     rest = iter(words)
     for word in rest:
         name, sign, value = word.partition("=")
