@@ -22,8 +22,8 @@ from megatron_rlhf.config.schema import Model
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FORWARD_ROWS = 1024
 """Positions whose logits exist together where no gradient is wanted (models/vocabulary.py)."""
-_CHUNK = 64 << 10
-"""Bytes of indices, masks and row sums, which are some numbers a position."""
+_INDICES = 16
+"""Bytes a position of tokens and positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +41,33 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a stage's pass takes: kept for the backward pass, beside it at its fullest moment, and at the head."""
+    """What a stage's pass takes: `kept` from the forward to the backward pass, and beside it either what a layer needs
+    at its fullest moment (`working`) or what the head needs, whichever is more."""
 
     kept: float
     working: float
     head: float
 
     @property
+    def activations(self) -> float:
+        """Bytes at the fullest moment, the head's apart."""
+        return self.kept + (0 if self.logits else self.working)
+
+    @property
+    def logits(self) -> float:
+        """Bytes of the head, where its moment is the fullest."""
+        return self.head if self.head > self.working else 0
+
+    @property
     def total(self) -> float:
-        """All of it."""
-        return self.kept + self.working + self.head
+        """Bytes at the fullest moment."""
+        return self.activations + self.logits
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """Whether norms and dropout run as one kernel each, as on GPUs: then an RMSNorm keeps its input alone and a
-    dropout's mask takes a byte. On CPUs they are several operations, which keep their numbers."""
+    dropout's mask takes a byte. On CPUs they are several operations, which keep their numbers, and gloo sums a copy."""
 
     fused: bool = True
 
@@ -130,46 +141,52 @@ def training(
     unit = positions * model.hidden * size
     loose = unit / tp if layout.sp else unit
     last, first = stage == layout.pp - 1, stage == 0
-    depth = model.layers // (layout.pp * layout.vp)
-    flying = in_flight(layout, stage, run.count)
-    each = depth * layer(model, layout, run, recompute, kernels)
-    # a stage's output waits for its gradient
-    each += 0 if last and layout.vp == 1 else loose
+    each = model.layers // (layout.pp * layout.vp) * layer(model, layout, run, recompute, kernels)
+    if layout.vp > 1 or not last:
+        each += loose  # a stage's output waits for its gradient
     if first:
-        each += (loose / (size if kernels.fused else 1) if run.dropout else 0) + 16 * positions
-    kept = flying * each
-    if recompute == "full":
-        kept += layer(model, layout, run, "none", kernels)
-    head = 0.0
+        each += (loose / (size if kernels.fused else 1) if run.dropout else 0) + _INDICES * positions
+    # what comes from one neighbour while the other's is in use
+    between = 2 if layout.vp > 1 else int(not first and not last)
+    kept = in_flight(layout, stage, run.count) * each + between * loose
     if last:
         kept += 2 * loose + _statistics(model, layout, positions)
-        if rows:
-            head = _head(model, layout, run.words, rows, head_rows)
-    return Part(kept, _backward(model, layout, positions), head)
+    working = _backward(model, layout, positions)
+    if recompute == "full":
+        working += layer(model, layout, run, "none", kernels)
+    return Part(kept, working, _head(model, layout, run.words, rows, head_rows) if last and rows else 0.0)
 
 
-def reading(model: Model, layout: Layout, stage: int, run: Pass, *, rows: int = 0, head_rows: int = 0) -> Part:
+def reading(
+    model: Model, layout: Layout, stage: int, run: Pass, *, rows: int = 0, head_rows: int = 0, kernels: Kernels = GPU
+) -> Part:
     """What stage `stage` takes at its fullest moment of a forward pass without backward."""
-    size, tp = BYTES[model.precision], layout.tp
+    size, llama = BYTES[model.precision], model.style == "llama"
     positions = run.length * run.lines
     unit = positions * model.hidden * size
-    loose = unit / tp if layout.sp else unit
-    gates = 3 if model.style == "llama" else 2
-    working = 3 * loose + gates * _wide(model, layout, positions)
+    loose = unit / layout.tp if layout.sp else unit
+    # the stage's and the layer's input, the residual and the norm's output; the last micro-batch's output, or what
+    # gloo still sums
+    standing = 4 + int(layout.pp > 1 or (layout.tp > 1 and not kernels.fused)) + int(layout.vp > 1)
+    wide = _wide(model, layout, positions)
+    summed = unit + (loose + (0 if kernels.fused else unit) if layout.sp else 0)
+    working = standing * loose + max((5 if llama else 2) * wide, wide + summed)
     head = 0.0
     if stage == layout.pp - 1 and rows:
         words = min(run.words, head_rows or FORWARD_ROWS, FORWARD_ROWS)
-        head = 2 * run.words * model.hidden * size + words * rows / tp * size
-    return Part(0.0, max(working, unit + head) - head, head)
+        head = 2 * loose + unit + 2 * run.words * model.hidden * size + words * rows / layout.tp * size
+    return Part(0.0, working, head)
 
 
 def _backward(model: Model, layout: Layout, positions: int) -> float:
-    """Gradients under way through a feed-forward block, and that of its larger weight before it is added up."""
-    size = BYTES[model.precision]
-    unit = positions * model.hidden * size
-    gates = 2 if model.style == "llama" else 1
-    weight = gates * model.ffn_width * model.hidden / layout.tp * size
-    return 2 * unit + gates * _wide(model, layout, positions) + weight
+    """Beside what is kept, at the fullest moment of a feed-forward block's backward pass: the gradient of its output,
+    and behind the second product those of its inner numbers and of the weight before it is added up, or behind the
+    first one the same, when what the block kept is gone."""
+    size, llama = BYTES[model.precision], model.style == "llama"
+    gates, gone = (2, 5) if llama else (1, 2)
+    wide = _wide(model, layout, positions)
+    weight = model.ffn_width * model.hidden / layout.tp * size
+    return positions * model.hidden * size + max(wide + weight, (gates - gone) * wide + gates * weight)
 
 
 def _head(model: Model, layout: Layout, words: int, rows: int, head_rows: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.plan import activations, passes, residents
 from megatron_rlhf.plan.activations import BYTES, Kernels, Part, Pass
@@ -49,7 +50,7 @@ def capacity(config: Config) -> float:
     return config.cluster.memory * (1 - ALLOWANCE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bytes:
     """A recipe's roles, their seats on the ranks and their passes."""
 
@@ -127,20 +128,23 @@ class Bytes:
         if "generate" in self.roles:
             policy, generate = self.roles["policy"].layout, self.roles["generate"].layout
             yield "staging", 0 if policy.tp == generate.tp else reshard.staging_mb << 20
-        yield "communication", self._communication()
+        yield "communication", COMMUNICATOR * GROUPS * sum(layout.size > 1 for layout in self._layouts)
+        yield "gather buffer", self._gathered()
         yield "context", CONTEXT
 
-    def _communication(self) -> float:
-        """Communicators, and the buffer that sequence parallelism gathers into, which stays."""
-        layouts = {role.layout for role in self.roles.values()}
-        groups = sum(GROUPS for layout in layouts if layout.size > 1)
-        gathered = [
+    @property
+    def _layouts(self) -> set[Layout]:
+        return {role.layout for role in self.roles.values()}
+
+    def _gathered(self) -> float:
+        """What sequence parallelism gathers into, a buffer that stays and that all roles share."""
+        sizes = [
             BYTES[role.model.precision] * role.model.hidden * run.length * run.lines
             for role in self.roles.values()
             if role.layout.sp and role.layout.tp > 1
             for run in (*self._passes(role), *self._reads(role))
         ]
-        return groups * COMMUNICATOR + max(gathered, default=0)
+        return max(sizes, default=0)
 
     def _passes(self, role: Role) -> list[Pass]:
         """The passes of a role that learns, in which it learns."""
@@ -181,23 +185,31 @@ class Bytes:
         step = STEP * role.stages[stage].shard if compute.transformer_engine == "never" else 0
         if step > most.total and not self.config.adam.host:
             return {"adam step": step}
-        return {"activations": most.kept + most.working, "logits": most.head}
+        return {"activations": most.activations, "logits": most.logits}
 
     def _annotating(self, seat: Seat) -> dict[str, float]:
         """One role reads at a time; where the reference lodges in the policy's place, it reads there."""
         parts: list[Part] = []
         for role, stage in self._here(seat):
             rows = 0 if role.scalar else role.rows
+            head = self.config.compute.head_rows
             parts += [
-                activations.reading(role.model, role.layout, stage, run, rows=rows, head_rows=self._compute_rows)
+                activations.reading(
+                    role.model, role.layout, stage, run, rows=rows, head_rows=head, kernels=self.kernels
+                )
                 for run in self._reads(role)
             ]
         most = max(parts, key=lambda part: part.total, default=Part(0, 0, 0))
-        return {"activations": most.kept + most.working, "logits": most.head}
+        return {"activations": most.activations, "logits": most.logits, "exact KL": self._exact(seat)}
 
-    @property
-    def _compute_rows(self) -> int:
-        return self.config.compute.head_rows
+    def _exact(self, seat: Seat) -> float:
+        """The reference's logits beside the policy's, and its head where it only lodges (models/exact_kl.py)."""
+        role = self.roles["policy"]
+        if self.config.ppo.kl.estimator != "exact" or seat.stages["policy"] != role.layout.pp - 1:
+            return 0
+        words = min(max(run.words for run in self._reads(role)), activations.FORWARD_ROWS)
+        lent = role.model.hidden if self.config.reshard.share_reference else 0
+        return BYTES[role.model.precision] * role.rows / role.layout.tp * (words + lent)
 
     def _generating(self, seat: Seat, kept: float) -> dict[str, float]:
         """The caches of a replica's rows, and what a step of one group of them needs (generate/room.py)."""

@@ -19,22 +19,18 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that operations make inside `with Live() as live`, until their last tensor is gone.
+    """Counts the storages that operations make inside `with Live(there) as live`, until their last tensor is gone.
 
-    `peak` is the most bytes alive together. Storages that were there before do not count, and what a kernel allocates
+    `peak` is the most bytes alive together. Storages of the tensors `there` do not count, and what a kernel allocates
     and frees inside itself is not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor] = ()) -> None:
+        """Nothing has been made yet."""
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, int] = {}
-        self._before: set[int] = set()
-
-    def begin(self, existing: Iterable[Tensor]) -> Live:
-        """Leave out what is there already."""
-        self._before = set(storages(existing))
-        return self
+        self._there = set(storages(there))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -45,7 +41,7 @@ class Live(TorchDispatchMode):
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or storage.data_ptr() in self._before:
+        if key in self._known or storage.data_ptr() in self._there:
             return
         self._known[key] = size
         self.now += size

@@ -69,7 +69,7 @@ def test_the_table_of_a_175b_run(row: tuple) -> None:
             assert near(causes[f"value {cause}"], printed), cause
         # of the stage that holds most activations; the last one has logits besides
         assert near(causes["activations"] + causes.get("logits", 0), act), causes["activations"]
-        apart = ("policy average", "generate weights", "communication", "context", "staging")
+        apart = ("policy average", "generate weights", "communication", "gather buffer", "context", "staging")
         resident = {cause: size for cause, size in causes.items() if cause not in apart}
         assert near(sum(resident.values()) + CTX, total)
         role = residents.ppo(config, world)["generate"]
@@ -249,7 +249,7 @@ def test_the_other_recipes(recipe: str) -> None:
     assert train.name == ("train reward" if recipe == "reward" else "train policy")
     assert train.total > save.total
     assert {cause.split()[0] for cause in train.causes} <= {
-        *(train.name.removeprefix("train "), "activations", "logits", "communication", "context")
+        *(train.name.removeprefix("train "), "activations", "logits", "gather", "communication", "context")
     }
     assert memory.fits(config, 64, recipe=recipe) == (train.total <= memory.capacity(config))
 
