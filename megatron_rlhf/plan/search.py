@@ -1,7 +1,8 @@
 """The fastest layouts that fit a number of GPUs: of the policy, of generation and of both critics. Pure, no torch.
 
 Seconds of policy, critics and generation add up, so each is listed by its own; for every way to train, the fastest of
-the others that fits beside it is taken. What is faster than the best found and cannot fit is told by bounds.
+the others that fits beside it is taken. What cannot be faster than the best found, or cannot fit, is told by bounds.
+Critics are listed with the micro-batch of the settings; the plans of what was found, which are ranked, with their own.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ class _Search:
         most = 0.0
         for phase, decides in (
             ("train policy", (compute.micro_batch, compute.recompute)),
-            ("generate", (config.sampling.batch,)),
+            ("generate", (compute.micro_batch, config.sampling.batch)),  # a buffer of training stays
         ):
             key = (phase, layout.policy, layout.generate, layout.value, *decides)
             if key not in self.known:

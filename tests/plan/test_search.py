@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from dataclasses import replace
 
@@ -17,9 +16,8 @@ import pytest
 from megatron_rlhf import cli
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import check
-from megatron_rlhf.plan import memory, times
+from megatron_rlhf.plan import memory
 from megatron_rlhf.plan.plan import Plan
-from megatron_rlhf.plan.roofline import Seconds
 from megatron_rlhf.plan.scaling import searched
 from megatron_rlhf.plan.search import MARGIN, _joined, _Search, search, words
 
@@ -60,12 +58,11 @@ def test_64_gpus_need_the_optimizer_on_the_host() -> None:
     assert max(len(line) for line in found.as_text().splitlines()) <= 120
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gpus", [4, 8])
-def test_nothing_faster_was_left_out(gpus: int) -> None:
-    """Of a small model every combination is tried: the one found is the fastest that fits."""
-    given = ["model=gpt_1b3", "model@reward_model=gpt_1b3", "cluster=h100", "cluster.memory=20e9"]
-    config = load("plan", given)
+@pytest.mark.parametrize(("gpus", "gigabytes"), [(2, 24), (4, 18), (4, 22), (8, 16)])
+def test_nothing_faster_was_left_out(gpus: int, gigabytes: int) -> None:
+    """Of small models every combination is tried, the fastest first: the first that fits is the one found."""
+    given = ["model=gpt_1b3", "model@reward_model=gpt_125m", "ppo.episodes=8", "ppo.minibatches=2"]
+    config = load("plan", ["cluster=h100", f"cluster.memory={gigabytes}e9", *given])
     run = _Search(config, gpus)
     limit = (1 - MARGIN) * memory.capacity(config)
     by_seconds = sorted(
@@ -75,15 +72,10 @@ def test_nothing_faster_was_left_out(gpus: int) -> None:
         ),
         key=lambda item: item[0],
     )
-    tried, seconds = next(
-        (number, seconds)
-        for number, (seconds, train, generate, critic) in enumerate(by_seconds)
-        if memory.fullest(_joined(train.config, generate.config, critic.config), gpus).total <= limit
-    )
-    best = search(config, gpus, most=1).plans[0].config
-    phases = times.iteration(best, gpus, Seconds())
-    assert math.fsum(phase.seconds.total for phase in phases) == pytest.approx(seconds, rel=1e-9)
-    assert tried > 20, "the memory is too large for a search to have anything to do"
+    joined = (_joined(train.config, generate.config, critic.config) for _, train, generate, critic in by_seconds)
+    number, wanted = next((n, each) for n, each in enumerate(joined) if memory.fullest(each, gpus).total <= limit)
+    assert search(config, gpus, most=1).plans[0].config == wanted
+    assert number > 80, "the memory is so large that there is nothing to search"
 
 
 def test_it_is_quick() -> None:
@@ -96,7 +88,7 @@ def test_it_is_quick() -> None:
 def test_a_model_that_fits_nowhere() -> None:
     found = search(load("plan", ["cluster.memory=2e9"]), 8)
     assert not found.plans
-    assert found.as_text().startswith("Nothing fits on 8 GPUs, not with the optimizer in host memory either. Without it")
+    assert found.as_text().startswith("Nothing fits on 8 GPUs, not with the optimizer in host memory either. Without")
 
 
 def test_gpus_that_no_layout_divides() -> None:
