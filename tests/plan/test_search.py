@@ -27,8 +27,8 @@ def test_what_is_found_for_175b_and_6b_fits(gpus: int) -> None:
     """80 GB a GPU; each with another layout of the policy, the fastest first, as settings that a run takes."""
     found = searched(gpus)
     assert not found.on_host
-    assert len(found.plans) == 5
-    assert len({plan.config.layout.policy for plan in found.plans}) == 5
+    assert len(found.plans) == 3
+    assert len({plan.config.layout.policy for plan in found.plans}) == 3
     assert [plan.bill.seconds for plan in found.plans] == sorted(plan.bill.seconds for plan in found.plans)
     for plan in found.plans:
         check(plan.config, gpus, "ppo")
