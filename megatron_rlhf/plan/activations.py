@@ -88,33 +88,18 @@ def layer(model: Model, layout: Layout, run: Pass, recompute: str = "none", kern
     if recompute == "full":
         return loose
     norms = 4 * loose + 2 * _statistics(model, layout, positions)
-    if gated(model) and not kernels.fused:
+    if model.gated and not kernels.fused:
         norms += 2 * loose
     if run.dropout:
         norms += 2 * loose / (size if kernels.fused else 1)
-    queries, keys = (positions * heads * head_width(model) / tp * size for heads in (model.heads, model.groups))
+    queries, keys = (positions * heads * model.head_width / tp * size for heads in (model.heads, model.groups))
     attention = 2 * queries + 2 * keys
-    if rotary(model):
-        attention += queries + keys + 4 * run.length * head_width(model) * size
+    if model.rotary:
+        attention += queries + keys + 4 * run.length * model.rotary_width * size
     if recompute == "none":
         attention += 4 * positions * model.heads / tp
         attention += positions * run.length * (size + 1) if run.packed else 0
-    return norms + attention + (5 if gated(model) else 2) * _wide(model, layout, positions)
-
-
-def gated(model: Model) -> bool:
-    """Whether there are RMSNorm and SwiGLU in place of LayerNorm and GELU."""
-    return model.style == "llama"
-
-
-def rotary(model: Model) -> bool:
-    """Whether heads turn by their positions, which makes queries and keys anew."""
-    return model.style != "gpt"
-
-
-def head_width(model: Model) -> int:
-    """Width of an attention head."""
-    return model.hidden // model.heads
+    return norms + attention + (5 if model.gated else 2) * _wide(model, layout, positions)
 
 
 def published(model: Model, layout: Layout, run: Pass, recompute: str = "none") -> float:
@@ -185,7 +170,7 @@ def reading(
     standing = 4 + int(layout.pp > 1 or (layout.tp > 1 and not kernels.fused)) + int(layout.vp > 1)
     wide = _wide(model, layout, positions)
     summed = unit + (loose + (0 if kernels.fused else unit) if layout.sp else 0)
-    working = standing * loose + max((5 if gated(model) else 2) * wide, wide + summed)
+    working = standing * loose + max((5 if model.gated else 2) * wide, wide + summed)
     head = 0.0
     if stage == layout.pp - 1 and rows:
         words = min(run.words, head_rows or FORWARD_ROWS, FORWARD_ROWS)
@@ -198,7 +183,7 @@ def _backward(model: Model, layout: Layout, positions: int) -> float:
     and behind the second product those of its inner numbers and of the weight before it is added up, or behind the
     first one the same, when what the block kept is gone."""
     size = BYTES[model.precision]
-    gates, gone = (2, 5) if gated(model) else (1, 2)
+    gates, gone = (2, 5) if model.gated else (1, 2)
     wide = _wide(model, layout, positions)
     weight = model.ffn_width * model.hidden / layout.tp * size
     return positions * model.hidden * size + max(wide + weight, (gates - gone) * wide + gates * weight)
@@ -225,4 +210,4 @@ def _wide(model: Model, layout: Layout, positions: int) -> float:
 def _statistics(model: Model, layout: Layout, positions: int) -> float:
     """A norm's mean and deviation, fp32, or an RMSNorm's deviation alone."""
     here = positions / layout.tp if layout.sp else positions
-    return (4 if gated(model) else 8) * here
+    return (4 if model.gated else 8) * here

@@ -244,14 +244,14 @@ class Bytes:
 def cache_bytes(role: Role, tokens: int) -> int:
     """A rank's bytes of keys and values of one sequence, as generate/room.py counts them."""
     model, layout = role.model, role.layout
-    width = model.groups // layout.tp * activations.head_width(model)
+    width = model.groups // layout.tp * model.head_width
     return 2 * (model.layers // layout.pp) * tokens * width * BYTES[model.precision]
 
 
 def step_bytes(role: Role, prompt: int) -> int:
     """A rank's bytes beside the cache of one sequence in a step, as generate/room.py counts them."""
     model, layout = role.model, role.layout
-    gates = 3 if activations.gated(model) else 2
+    gates = 3 if model.gated else 2
     token = (_STREAMS * model.hidden + gates * model.ffn_width // layout.tp) * BYTES[model.precision]
     packed = cache_bytes(role, prompt) // (model.layers // layout.pp)
     return max(prompt * token, model.vocabulary // layout.tp * _DRAW) + packed

@@ -15,16 +15,18 @@ from megatron_rlhf.config.rules import BadInput, check
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.config.world import needed
 from megatron_rlhf.observe.log import write_text
-from megatron_rlhf.plan import reshard
+from megatron_rlhf.plan import memory, report
+from megatron_rlhf.plan.plan import Plan
+from megatron_rlhf.plan.reshard import reshard
 from megatron_rlhf.submit.place import Place, place
 from megatron_rlhf.submit.script import render
 
 VERBS = ("quickstart", "pretrain", "sft", "rank", "reward", "ppo", "sample", "evaluate")
 PIPELINE: dict[str, tuple[str, ...]] = {"sft": (), "reward": ("sft",), "ppo": ("rl_start", "reward")}
 """The verbs of `pipeline`, each after the one before has ended well, with the stages of those before that it reads."""
-FLAGS = ("--yes", "--dry-run")
-_SWITCHING = ("ppo", "quickstart")
-"""Verbs whose policy switches between two layouts."""
+FLAGS = ("--yes", "--dry-run", "--anyway")
+_PLANNED = {"pretrain": ("pretrain",), "sft": ("sft",), "reward": ("reward",), "ppo": ("ppo",), "quickstart": ("ppo",)}
+"""Verbs whose bytes are planned, with the recipe of the plan."""
 
 
 class Ready(Protocol):
@@ -62,7 +64,7 @@ def submit(names: Sequence[str], settings: Sequence[str], flags: Sequence[str], 
         raise BadInput("there is no sbatch on this machine's PATH; submit where SLURM is, or add --dry-run")
     for verb in order.verbs:
         ready(verb, order.config, made=PIPELINE[verb] if len(order.verbs) > 1 else ())
-    sys.stdout.write(overview(order))
+    sys.stdout.write(overview(order) + _plan(order, anyway="--anyway" in flags))
     sys.stdout.flush()
     if "--yes" not in flags and not _agreed():
         return "nothing was submitted\n"
@@ -101,14 +103,21 @@ def overview(order: Order) -> str:
         f"  layouts: {layouts}",
         f"  walltime {config.slurm.time} a job; saved and queued again {config.slurm.signal} s before it ends",
     ]
-    return "\n".join(lines) + "\n" + _plan(order)
+    return "\n".join(lines) + "\n"
 
 
-def _plan(order: Order) -> str:
-    """The planner's word on the run."""
-    if not any(verb in _SWITCHING for verb in order.verbs):
+def _plan(order: Order, *, anyway: bool) -> str:
+    """The planner's word on the run. Raises BadInput where it says that the run does not fit, unless `anyway`."""
+    recipes = [recipe for verb in order.verbs for recipe in _PLANNED.get(verb, ())]
+    if order.place.gpus == 0:  # plans are of GPUs, but for the bytes that move
+        return reshard(order.config).as_text() if "ppo" in recipes else ""
+    for recipe in recipes:
+        if not (anyway or memory.fits(order.config, order.place.world, recipe=recipe)):
+            advice = memory.nearest(order.config, order.place.world, recipe=recipe)
+            raise BadInput(f"the plan of {recipe} does not fit the GPUs of `cluster`: {advice} Or add --anyway")
+    if "ppo" not in recipes:
         return ""
-    return reshard.reshard(order.config).as_text()
+    return report.text(Plan.of(order.config, order.place.world))
 
 
 def _agreed() -> bool:
