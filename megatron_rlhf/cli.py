@@ -32,7 +32,7 @@ RECIPES = {
     "sample": "answer prompts with a trained policy",
     "evaluate": "the win rate of the PPO policy over the SFT baseline",
 }
-PLAN = "what a run will need; only the reshard so far: plan --reshard-only [--json]"
+PLAN = "what a run will need: bytes and seconds by phase, layouts that fit (plan search); plan --help"
 REPORT = "table and pictures of a sweep: report scaling DIR"
 STATUS = "how a run is doing, from its folder: status RUN_DIR [--json]"
 SUBMIT = "a recipe, or pipeline (sft, reward, ppo), as SLURM jobs: submit NAME [--dry-run] [--yes]"
@@ -45,7 +45,7 @@ Examples:
   srun megatron-rlhf sft experiment=instructgpt_1b3 out=/scratch/run1
   megatron-rlhf ppo --multirun experiment=quickstart scaling=laptop_strong checkpoint.untrained=true out=runs/strong
   megatron-rlhf submit ppo experiment=instructgpt_1b3 layout=8gpu out=/scratch/run1 slurm.partition=gpu --dry-run
-  megatron-rlhf plan --reshard-only model=gpt_13b 'layout.policy=tp8 pp4 dp2' 'layout.generate=tp8' cluster=h100
+  megatron-rlhf plan experiment=instructgpt_6b cluster=h100
 
 A recipe that needs several ranks starts them on this machine, unless torchrun or srun started it as one of them.
 experiment=, model=, model@reward_model=, layout=, cluster= and slurm= choose a file of configs/, key=value sets one
@@ -86,6 +86,9 @@ def _is_follower() -> bool:
 
 def _dispatch(words: Sequence[str]) -> int:
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    if verb == "plan":
+        sys.stdout.write(importlib.import_module("megatron_rlhf.plan.verb").run(rest))
+        return 0
     if verb in ("--help", "-h", "help") or "--help" in rest or "-h" in rest:
         sys.stdout.write(_help())
         return 0
@@ -94,9 +97,6 @@ def _dispatch(words: Sequence[str]) -> int:
         return 0
     if verb == "doctor":
         sys.stdout.write(doctor.report())
-        return 0
-    if verb == "plan":
-        sys.stdout.write(_plan(rest))
         return 0
     if verb == "submit":
         sys.stdout.write(_submit(rest))
@@ -127,16 +127,6 @@ def _recipe(name: str, settings: Sequence[str]) -> int:
     silence()
     importlib.import_module(f"megatron_rlhf.recipes.{name}").run(config)
     return 0
-
-
-def _plan(words: Sequence[str]) -> str:
-    flags = {word for word in words if word in ("--reshard-only", "--json")}
-    if "--reshard-only" not in flags:
-        raise BadInput("plan knows the reshard part only so far; write for example plan --reshard-only layout=1024gpu")
-    config = load("plan", _settings([word for word in words if word not in flags]))
-    report = importlib.import_module("megatron_rlhf.plan.reshard").reshard(config)
-    text: str = report.as_json() if "--json" in flags else report.as_text()
-    return text
 
 
 def _status(words: Sequence[str]) -> str:

@@ -234,6 +234,7 @@ def test_pure_files_exist() -> None:
     [
         *("cli", "launch", "doctor", "status", "sweep", "config.load", "config.rules", "config.env", "plan.reshard"),
         *("observe.boards", "observe.pulse", "observe.watchdog", "submit.command"),
+        "plan.memory",
         *("reshard.layout", "reshard.message", "reshard.plan", "reshard.grouping"),
     ],
 )

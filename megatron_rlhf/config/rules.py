@@ -139,7 +139,21 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         lambda x: x >= 0,
         "0",
     ),
-    (("cluster.nvlink", "cluster.nic", "cluster.memory"), "above 0", lambda x: x > 0, "50e9"),
+    (
+        tuple(f"cluster.{n}" for n in ("nvlink", "nic", "memory", "flops", "bandwidth", "host", "ram", "disk")),
+        "above 0",
+        lambda x: x > 0,
+        "50e9",
+    ),
+    (("cluster.watts", "cluster.price"), "at least 0", lambda x: x >= 0, "0"),
+    (
+        tuple(f"cluster.factors.{n}" for n in ("gemm", "memory", "nvlink", "nic")),
+        "above 0 and at most 1",
+        lambda x: 0 < x <= 1,
+        "0.7",
+    ),
+    (("cluster.factors.launch", "cluster.factors.latency"), "at least 0", lambda x: x >= 0, "1e-5"),
+    (("cluster.factors.straggler",), "at least 1", lambda x: x >= 1, "1.02"),
     (("ppo.entropy_coef",), "0: an entropy bonus is not supported", lambda x: x == 0, "0"),
 ]
 

@@ -434,10 +434,34 @@ class Observe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What is reached of the machines' rated speeds; `megatron-rlhf plan calibrate` fits them to measured runs.
+
+    With the A100's `gemm` they reproduce 19 published step times of Megatron within 8 % (tests/plan/test_published.py).
+    """
+
+    gemm: float = 0.65
+    """Share of `flops` that large matrix products reach; open: 0.78 on A100s, on H100s what brings Megatron-Core's
+    175B in bf16 to the 47 % of the rated speed that it reports as its best."""
+    memory: float = 0.85
+    """Share of `bandwidth` that reads and writes reach."""
+    nvlink: float = 0.8
+    """Share of `nvlink` that collectives reach."""
+    nic: float = 0.8
+    """Share of `nic` that collectives reach."""
+    launch: float = 8e-6
+    """Seconds until the host has started one more kernel."""
+    latency: float = 15e-6
+    """Seconds that a message or collective takes however small it is."""
+    straggler: float = 1.02
+    """How much longer the slowest GPU takes than the others; all wait for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """The machines that a plan is made for, an H100's by default; a run itself asks the machine it is on.
 
-    Rank r is on node r // `node`; speeds are one way, of one GPU.
+    Rank r is on node r // `node`; speeds are rated ones, one way, of one GPU.
     """
 
     node: int = 8
@@ -448,6 +472,22 @@ class Cluster:
     """Bytes a second to other nodes."""
     memory: float = 80e9
     """Bytes of memory."""
+    flops: float = 989.4e12
+    """Floating-point operations a second of dense bf16 matrix products."""
+    bandwidth: float = 3.35e12
+    """Bytes a second of its memory."""
+    host: float = 64e9
+    """Bytes a second to host memory."""
+    ram: float = 76.8e9
+    """Bytes a second of host memory, its share of the node's."""
+    disk: float = 0.25e9
+    """Bytes a second to the storage of checkpoints; open: 2 GB/s a node, measure yours."""
+    watts: float = 1275.0
+    """Electric power, its share of the node's; 0 leaves energy out."""
+    price: float = 0.0
+    """What an hour of it costs, in any currency; 0 leaves the price out."""
+    factors: Factors = field(default_factory=Factors)
+    """What is reached of these speeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,7 +105,6 @@ def test_the_dealing_is_printed() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["plan"], "plan knows the reshard part only so far; write for example plan --reshard-only layout=1024gpu"),
         (["plan", "--reshard-only", "--fast"], "flag '--fast' is unknown"),
         (["plan", "--reshard-only", "cluster=v100"], "cluster=v100 is unknown; the nearest is cluster="),
         (["plan", "--reshard-only", "cluster.node=0"], "cluster.node is 0; it must be at least 1"),
