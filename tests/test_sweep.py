@@ -106,7 +106,11 @@ def test_a_plan_foresees_what_runs_on_machines_that_were_named(
 ) -> None:
     assert cli.main(["ppo", "--multirun", *TINY, "scaling=laptop_strong/2tp", word, f"out={tmp_path}"]) == 1
     plan = json.loads((tmp_path / "00_ranks2" / "plan.json").read_text())
-    assert ("reshard" in plan) == there
+    assert ("seconds" in plan) == ("rated_flops" in plan) == there
+    if there:
+        assert set(plan["seconds_by_phase"]) == {"generate", "score", "annotate", "value", "policy", "pretraining"}
+        assert sum(plan["seconds_by_phase"].values()) == pytest.approx(plan["seconds"]) and plan["flops"] > 0
+        assert plan["memory_bytes"]["generate"] > 0
     assert plan["layouts"]["policy"] == plan["settings"]["layout.policy"] == "tp2 pp1 dp1"
     assert plan["settings"]["ppo.episodes"] == 32 and "out" not in plan["settings"]
 
