@@ -33,6 +33,9 @@ def holds_the_lock():
     ctypes.PyDLL(None).sleep(40)
 pulse.at("ppo", 3)
 watchdog.start(out, rank, 3, "one", {seconds})
+while len(list((out / "watchdog").glob("rank_?.json"))) < 3:
+    pulse.beat()
+    time.sleep(0.01)
 began = time.monotonic()
 def waits_for_the_others():
     threading.Event().wait(20)

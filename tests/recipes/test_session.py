@@ -82,4 +82,6 @@ def test_a_state_is_of_the_settings_that_decide_what_a_run_computes(tmp_path: Pa
     terms = run._terms()
     assert terms.plan == "abc" and terms.settings["weights.reward"] == "123"
     left_out = {key for key in flat(run.config) if key not in terms.settings}
-    assert {key.partition(".")[0] for key in left_out} == {"out", "layout", "checkpoint", "cluster", "reshard"}
+    assert {key.partition(".")[0] for key in left_out} == {
+        *("out", "layout", "checkpoint", "cluster", "reshard", "slurm", "watchdog")
+    }
