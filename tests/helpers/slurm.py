@@ -263,16 +263,18 @@ def missing() -> list[str]:
 
 @contextmanager
 def cluster() -> Iterator[Slurm]:
-    """A cluster that is gone at the end, with everything that it ran."""
+    """A cluster that is gone at the end, with everything that it ran; at SIGTERM too, which is like Ctrl-C here."""
     # munge's socket wants a short path
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     folder.chmod(0o755)
     slurm = Slurm.__new__(Slurm)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         slurm.__init__(folder)  # type: ignore[misc]
         yield slurm
     finally:
         left = slurm.stop()
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(folder, ignore_errors=True)
     assert not left, f"these outlived their jobs: {left}"
 
