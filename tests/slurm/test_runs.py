@@ -2,7 +2,7 @@
 and a rank that hangs cost what was not saved, and the run ends bit-equal to one that nothing disturbed.
 
 Every run is submitted by `megatron-rlhf submit`, as a person would. The undisturbed run starts its ranks on this
-machine without SLURM. Not proved here: GPUs, NCCL, containers, more than one machine, a preemption by another job.
+machine without SLURM. Not proved here: GPUs, NCCL, containers, more than one machine.
 """
 
 from __future__ import annotations
