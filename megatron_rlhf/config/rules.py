@@ -32,7 +32,7 @@ _FULL_SOFTMAX = ("quickstart", "rank", "ppo", "evaluate")
 # (settings, the words they may be)
 _WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (tuple(f"{model}.precision" for model in _MODELS), ("fp32", "bf16", "fp16")),
-    (tuple(f"{model}.style" for model in _MODELS), ("gpt", "llama")),
+    (tuple(f"{model}.style" for model in _MODELS), ("gpt", "llama", "neox")),
     (tuple(f"{model}.activation" for model in _MODELS), ("gelu", "gelu_tanh")),
     (tuple(f"{model}.rope.scaling" for model in _MODELS), ("none", "linear", "llama3", "yarn")),
     (("compute.transformer_engine",), ("auto", "never")),
@@ -91,7 +91,12 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
     ),
     (("data.valid_share", "adam.loss_scale.backoff"), "above 0 and below 1", lambda x: 0 < x < 1, "0.1"),
     (("adam.loss_scale.growth",), "above 1", lambda x: x > 1, "2"),
-    (("sampling.top_p",), "above 0 and at most 1", lambda x: 0 < x <= 1, "1"),
+    (
+        ("sampling.top_p", *(f"{model}.rope.fraction" for model in _MODELS)),
+        "above 0 and at most 1",
+        lambda x: 0 < x <= 1,
+        "1",
+    ),
     (
         (
             *(f"{learning}.{number}" for learning in _LEARNINGS for number in ("rate", "epsilon")),
@@ -112,7 +117,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
     ),
     (
         (
-            *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads")),
+            *(f"{model}.{number}" for model in _MODELS for number in ("ffn", "kv_heads", "head_dim")),
             *(f"{learning}.warmup" for learning in _LEARNINGS),
             *("evaluate.max_tokens", "sampling.top_k", "sampling.batch", "sampling.groups"),
             *("compute.pack_tokens", "compute.head_rows"),
@@ -207,36 +212,39 @@ def allowed(words: str) -> tuple[str, ...]:
 
 
 def _shape(name: str, model: Model) -> Iterator[str]:
-    if model.hidden % model.heads:
+    if not model.head_dim and model.hidden % model.heads:
         yield (
             f"{name}.hidden={model.hidden} is no multiple of {name}.heads={model.heads}; "
             f"write for example {name}.hidden={_up(model.hidden, model.heads)}"
         )
-    elif model.style == "llama" and model.hidden // model.heads % 2:
+    elif model.rotary and (model.rotary_width < 2 or model.rotary_width % 2):
         yield (
-            f"{name}.hidden={model.hidden} over {name}.heads={model.heads} gives heads of odd width, which cannot "
-            f"rotate; write for example {name}.hidden={_up(model.hidden, 2 * model.heads)}"
+            f"{name} turns {model.rotary_width} of the {model.head_width} numbers of a head ({name}.rope.fraction="
+            f"{model.rope.fraction:g}), which must be an even number above 0; write for example "
+            f"{name}.rope.fraction=1 {name}.head_dim={_up(model.head_width, 2)}"
         )
     if model.heads % model.groups:
         yield (
             f"{name}.heads={model.heads} is no multiple of {name}.kv_heads={model.kv_heads}; "
             f"write for example {name}.kv_heads={gcd(model.heads, model.kv_heads)}"
         )
-    if model.style == "llama" and model.activation != "gelu":
+    if model.gated and model.activation != "gelu":
         yield (
             f"{name}.activation={model.activation} is of the gpt style, {name}.style=llama has SwiGLU; "
             f"write {name}.activation=gelu"
         )
-    if model.style == "gpt" and model.qkv_bias:
-        yield (
-            f"{name}.qkv_bias=true is of the llama style, {name}.style=gpt has every bias; write {name}.qkv_bias=false"
-        )
+    for key in ("qkv_bias", "linear_bias"):
+        if not model.gated and getattr(model, key):
+            yield (
+                f"{name}.{key}=true is of the llama style, {name}.style={model.style} has every bias; "
+                f"write {name}.{key}=false"
+            )
     if model.rope.high <= model.rope.low:
         yield (
             f"{name}.rope.high={model.rope.high:g} must be above {name}.rope.low={model.rope.low:g}; "
             f"write for example {name}.rope.high={4 * model.rope.low:g}"
         )
-    if model.style == "llama" and model.rope.base <= 1:
+    if model.rotary and model.rope.base <= 1:
         yield f"{name}.rope.base={model.rope.base:g} must be above 1; write for example {name}.rope.base=10000"
 
 

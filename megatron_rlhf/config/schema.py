@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary positions of the llama style."""
+    """Rotary positions, of the llama and neox styles."""
 
     base: float = 10000.0
     """Base of the frequencies (theta)."""
@@ -24,6 +24,8 @@ class Rope:
     """llama3: frequencies that turn more often within the original context stay."""
     original_context: int = 8192
     """llama3, yarn: the context the model was first trained with."""
+    fraction: float = 1.0
+    """Share of a head's width that turns; the numbers behind it stay as they are (GPT-NeoX: 0.25)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +44,21 @@ class Model:
     """Longest row in tokens."""
     ffn: int = 0
     """Width of the feed-forward block; 0 means 4 x hidden, for llama 8/3 x hidden up to a multiple of 256."""
+    head_dim: int = 0
+    """Width of an attention head; 0 means hidden / heads."""
     tied: bool = True
     """Whether the output layer is the input embedding (GPT-3)."""
     style: str = "gpt"
-    """gpt (learned positions, LayerNorm, GELU, biases) or llama (rotary positions, RMSNorm, SwiGLU, no biases)."""
+    """gpt (learned positions, LayerNorm, GELU, biases), neox (gpt with rotary positions) or llama (rotary positions,
+    RMSNorm, SwiGLU, no biases)."""
     kv_heads: int = 0
     """Key-value heads, each shared by heads / kv_heads query heads; 0 means as many as heads."""
     activation: str = "gelu"
-    """gpt style: gelu, or gelu_tanh for its tanh approximation, which GPT-2 was trained with."""
+    """gpt and neox style: gelu, or gelu_tanh for its tanh approximation, which GPT-2 was trained with."""
     qkv_bias: bool = False
-    """llama style: whether the projections to queries, keys and values have biases (Qwen2); in gpt style all have."""
+    """llama style: whether the projections to queries, keys and values have biases (Qwen2); other styles have all."""
+    linear_bias: bool = False
+    """llama style: whether every projection of a layer has a bias (Granite's code models); other styles have all."""
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
     rope: Rope = field(default_factory=Rope)
@@ -62,10 +69,34 @@ class Model:
     """fp32, bf16, or fp16 with a dynamic loss scale (`adam.loss_scale`)."""
 
     @property
+    def rotary(self) -> bool:
+        """Whether heads turn by their positions; else positions are learned."""
+        return self.style != "gpt"
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are RMSNorm and SwiGLU in place of LayerNorm and GELU."""
+        return self.style == "llama"
+
+    @property
+    def biased(self) -> bool:
+        """Whether every projection of a layer has a bias."""
+        return not self.gated or self.linear_bias
+
+    @property
     def ffn_width(self) -> int:
         """Width of the feed-forward block."""
-        usual = 4 * self.hidden if self.style == "gpt" else -(-8 * self.hidden // (3 * 256)) * 256
-        return self.ffn or usual
+        return self.ffn or (-(-8 * self.hidden // (3 * 256)) * 256 if self.gated else 4 * self.hidden)
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Numbers of a head that turn."""
+        return int(self.head_width * self.rope.fraction)
 
     @property
     def groups(self) -> int:

@@ -18,7 +18,7 @@ from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model, Rope
 from megatron_rlhf.convert import architecture, gguf_tokenizer
 from megatron_rlhf.convert.gguf_file import GgufFile
-from megatron_rlhf.convert.huggingface_config import Settings, network, normal
+from megatron_rlhf.convert.huggingface_config import Settings
 from megatron_rlhf.convert.huggingface_names import Order, Row, fused, linear
 from megatron_rlhf.convert.logical import Card
 from megatron_rlhf.convert.precision import DTYPES, stored_precision
@@ -80,7 +80,7 @@ class Gguf:
         if shape != expected:
             raise BadInput(f"{self._file.path}: {part} is {list(shape)}, its metadata asks for {list(expected)}")
         tensor = self._file.read(part).to(DTYPES[model.precision])
-        return halves(tensor, model.hidden // model.heads) if _PAIRED.fullmatch(part) else tensor
+        return halves(tensor, model.head_width) if _PAIRED.fullmatch(part) else tensor
 
 
 open_source = Gguf
@@ -128,13 +128,12 @@ def _read(settings: Settings, file: GgufFile) -> Model:
     settings.neutral("vocab_size", vocabulary, why=f"{_EMBEDDING} has {vocabulary} rows")
     for key in ("expert_count", "expert_used_count"):
         settings.neutral(key, 0, why="experts cannot be converted")
-    model = network(
-        settings,
+    model = Model(
         layers=settings.whole("block_count"),
         hidden=hidden,
         heads=heads,
         kv_heads=settings.whole("attention.head_count_kv", heads),
-        head_width=width,
+        head_dim=width if settings.given("attention.key_length") else 0,
         vocabulary=vocabulary,
         context=settings.whole("context_length"),
         ffn=settings.whole("feed_forward_length"),
@@ -145,7 +144,7 @@ def _read(settings: Settings, file: GgufFile) -> Model:
     )
     settings.close()
     architecture.check(model, settings.where)
-    return normal(model)
+    return architecture.normal(model)
 
 
 def _rope(settings: Settings) -> Rope:

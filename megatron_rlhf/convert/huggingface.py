@@ -19,18 +19,19 @@ from megatron_rlhf.convert.huggingface_config import Family, Settings
 from megatron_rlhf.convert.huggingface_families import GPT2, LLAMA, MISTRAL
 from megatron_rlhf.convert.huggingface_files import INDEX, SINGLE, Folder, read_json
 from megatron_rlhf.convert.huggingface_names import Fused, fused
+from megatron_rlhf.convert.huggingface_neox import GPT_NEOX
 from megatron_rlhf.convert.huggingface_qwen2 import QWEN2
 from megatron_rlhf.convert.logical import Card, Tensors
 from megatron_rlhf.convert.precision import DTYPES, name_of, stored_precision
 from megatron_rlhf.convert.safetensors_file import SafetensorsWriter
 from megatron_rlhf.observe.log import CONSOLE
 
-FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2)
+FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, GPT_NEOX)
 """What can be read; a model is written as the first of them that can express it."""
 CONFIG = "config.json"
 LARGEST_SHARD = 5 << 30
 """Bytes of a safetensors file, unless one tensor is larger."""
-_EMBEDDING, _LANGUAGE_HEAD, _BIAS = "embedding.word_embeddings.weight", "lm_head.weight", "head.bias"
+_EMBEDDING, _BIAS = "embedding.word_embeddings.weight", "head.bias"
 
 
 class HuggingFace:
@@ -66,9 +67,9 @@ class HuggingFace:
         harmless = re.compile(self.family.harmless)
         left = [name for name in self._files.names() if name not in used]
         left = [name for name in left if not harmless.fullmatch(self._full(name))]
-        if _LANGUAGE_HEAD in left and self.card.role == "policy":
-            self._check_tied()
-            left.remove(_LANGUAGE_HEAD)
+        if self.family.language_head in left and self.card.role == "policy":
+            self._check_tied(self.family.language_head)
+            left.remove(self.family.language_head)
         return left
 
     def missing(self) -> list[str]:
@@ -96,14 +97,14 @@ class HuggingFace:
     def _full(self, name: str) -> str:
         return self.family.prefix + name if self._bare else name
 
-    def _check_tied(self) -> None:
+    def _check_tied(self, language_head: str) -> None:
         embedding = self._stored(self._fused[_EMBEDDING].parts[0])
         if embedding not in self._files.names():
             return
-        head, words = self._files.read(_LANGUAGE_HEAD), self._files.read(embedding)
+        head, words = self._files.read(language_head), self._files.read(embedding)
         if head.dtype != words.dtype or head.shape != words.shape or not _same_bits(head, words):
             raise BadInput(
-                f"{self._files.path}: {CONFIG} ties the output layer to the embedding, and {_LANGUAGE_HEAD} differs "
+                f"{self._files.path}: {CONFIG} ties the output layer to the embedding, and {language_head} differs "
                 f"from {embedding}; write tie_word_embeddings false if the model was trained so"
             )
 

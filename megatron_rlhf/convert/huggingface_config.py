@@ -6,7 +6,6 @@ written is read back and compared, so that a family never holds a model that it 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model, Rope
-from megatron_rlhf.convert import architecture
+from megatron_rlhf.convert.architecture import check, normal
 from megatron_rlhf.convert.huggingface_names import Row
 
 IDLE = re.compile(
@@ -62,6 +61,10 @@ class Settings:
         if type(value) is not int or not 0 < value < 1 << 40:
             raise BadInput(f"{self._said(key, value)}; it must be a whole number above 0")
         return value
+
+    def given(self, key: str) -> bool:
+        """Whether the key is there and not null."""
+        return self.values.get(key) is not None
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0. Raises BadInput as `whole` does."""
@@ -129,11 +132,16 @@ class Family:
     """What the tensors of the body start with, unless the file is of the bare body."""
     harmless: str = r"(?!)"
 
+    @property
+    def language_head(self) -> str:
+        """The tensor of the output layer."""
+        return next(row.theirs[0] for row in self.table if row.ours == "output_layer.weight")
+
     def model(self, settings: Settings) -> Model:
         """The Model of a config. Raises BadInput where a key has no counterpart here."""
         model = self.read(settings)
         settings.close()
-        architecture.check(model, settings.where)
+        check(model, settings.where)
         return normal(model)
 
     def config(self, model: Model) -> dict[str, Any]:
@@ -146,33 +154,12 @@ class Family:
         return {"model_type": self.kind} | values
 
 
-def normal(model: Model) -> Model:
-    """The same network with every default spelled out and what it does not use at its default."""
-    activation = "gelu" if model.style == "llama" else model.activation
-    return replace(
-        model,
-        ffn=model.ffn_width,
-        kv_heads=model.groups,
-        rope=_used(model),
-        activation=activation,
-        qkv_bias=model.qkv_bias and model.style == "llama",
-    )
-
-
-def network(settings: Settings, **fields: Any) -> Model:
-    """The Model of `fields`. Raises BadInput for one that is not its usual value and that Model cannot express."""
-    known = {item.name for item in dataclasses.fields(Model)}
-    usual = {"head_width": fields["hidden"] // fields["heads"]}
-    for name in [name for name in fields if name not in known]:
-        if fields.pop(name) != usual[name]:
-            raise BadInput(f"{settings.where}: only {name}={usual[name]} can be converted")
-    return Model(**fields)
-
-
-def read_rope(settings: Settings, context: int, base: float = 10000.0) -> Rope:
+def read_rope(settings: Settings, context: int, base: float = 10000.0, fraction: float | None = None) -> Rope:
     """The rotary positions of `rope_theta` and `rope_scaling`, or of the newer `rope_parameters`.
 
-    Raises BadInput for a kind that is none of default, linear, llama3 and yarn, and for constants that ours fixes.
+    `fraction` is what turns of a head where `partial_rotary_factor` does not say it, None in families whose heads turn
+    whole. Raises BadInput for a kind that is none of default, linear, llama3 and yarn, and for constants that ours
+    fixes.
     """
     base = settings.number("rope_theta", base)
     old, new = settings.take("rope_scaling", {}), settings.take("rope_parameters", {})
@@ -180,10 +167,12 @@ def read_rope(settings: Settings, context: int, base: float = 10000.0) -> Rope:
         raise BadInput(f"{settings.where}: rope_scaling and rope_parameters; give one of them, as an object")
     inner = Settings(old or new, f"{settings.where}: {'rope_scaling' if old else 'rope_parameters'}")
     base = inner.number("rope_theta", base)
+    if fraction is not None:
+        fraction = inner.number("partial_rotary_factor", fraction)
     inner.take("type")
     inner.values.setdefault("rope_type", inner.values.get("type"))
     kinds = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
-    rope = Rope(base=base, scaling=inner.word("rope_type", kinds, "default"))
+    rope = Rope(base=base, scaling=inner.word("rope_type", kinds, "default"), fraction=fraction or 1.0)
     if rope.scaling != "none":
         rope = replace(rope, factor=inner.number("factor"))
     if rope.scaling in ("llama3", "yarn"):
@@ -222,20 +211,6 @@ def _check_yarn(inner: Settings, rope: Rope) -> None:
     inner.neutral("truncate", True, why="only true can be converted")
     for key in ("mscale", "mscale_all_dim"):
         inner.neutral(key, why="only the paper's attention factor can be converted")
-
-
-def _used(model: Model) -> Rope:
-    rope = model.rope
-    if model.style != "llama":
-        return Rope()
-    plain = Rope(base=rope.base, scaling=rope.scaling)
-    if rope.scaling == "none":
-        return plain
-    plain = replace(plain, factor=rope.factor)
-    if rope.scaling == "linear":
-        return plain
-    plain = replace(plain, original_context=rope.original_context)
-    return replace(plain, low=rope.low, high=rope.high) if rope.scaling == "llama3" else plain
 
 
 def _brief(value: object) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model
 from megatron_rlhf.convert import huggingface_names as names
-from megatron_rlhf.convert.huggingface_config import Family, Settings, network, read_rope, write_rope
+from megatron_rlhf.convert.huggingface_config import Family, Settings, read_rope, write_rope
 
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """Hugging Face's words for the exact GELU and its tanh approximation."""
@@ -20,8 +21,7 @@ def _read_gpt2(settings: Settings) -> Model:
     settings.neutral("scale_attn_weights", True, why="only true can be converted")
     settings.neutral("scale_attn_by_inverse_layer_idx", False, why="only false can be converted")
     settings.neutral("reorder_and_upcast_attn", False, why="only false can be converted")
-    return network(
-        settings,
+    return Model(
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -51,9 +51,17 @@ def _write_gpt2(model: Model) -> dict[str, Any]:
 
 
 def _read_llama(settings: Settings) -> Model:
-    settings.neutral("attention_bias", False, why="only false can be converted")
-    settings.neutral("mlp_bias", False, why="only false can be converted")
-    return read_rotary(settings)
+    biased = settings.flag("attention_bias", False)
+    if settings.flag("mlp_bias", False) != biased:
+        raise BadInput(
+            f"{settings.where}: attention_bias={str(biased).lower()} and mlp_bias={str(not biased).lower()}: Megatron-"
+            "Core's layers have both biases or neither, so only equal ones can be converted"
+        )
+    return replace(read_rotary(settings), linear_bias=biased)
+
+
+def _write_llama(model: Model) -> dict[str, Any]:
+    return write_rotary(model) | {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
 
 
 def _read_mistral(settings: Settings) -> Model:
@@ -74,13 +82,12 @@ def read_rotary(settings: Settings) -> Model:
     hidden, heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     context = settings.whole("max_position_embeddings")
     settings.word("hidden_act", {"silu": "silu"}, "silu")
-    return network(
-        settings,
+    return Model(
         layers=settings.whole("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=settings.whole("num_key_value_heads", heads),
-        head_width=settings.whole("head_dim", max(1, hidden // heads)),
+        head_dim=settings.whole("head_dim") if settings.given("head_dim") else 0,
         vocabulary=settings.whole("vocab_size"),
         context=context,
         ffn=settings.whole("intermediate_size"),
@@ -99,7 +106,7 @@ def write_rotary(model: Model) -> dict[str, Any]:
         "hidden_size": model.hidden,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.groups,
-        "head_dim": model.hidden // model.heads,
+        "head_dim": model.head_width,
         "vocab_size": model.vocabulary,
         "max_position_embeddings": model.context,
         "intermediate_size": model.ffn_width,
@@ -130,7 +137,7 @@ LLAMA = Family(
     "LlamaForSequenceClassification",
     names.LLAMA,
     _read_llama,
-    lambda model: write_rotary(model) | {"attention_bias": False, "mlp_bias": False},
+    _write_llama,
     harmless=ROTARY_BUFFERS,
 )
 MISTRAL = Family(

@@ -199,3 +199,17 @@ LLAMA = (
     *HEAD,
 )
 """Mistral's and Qwen2's too."""
+
+GPT_NEOX = (
+    Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
+    *norm("decoder.layers.{}.input_layernorm", "gpt_neox.layers.{}.input_layernorm"),
+    # the query, key and value of a head, head after head, as ours
+    *linear("decoder.layers.{}.self_attention.linear_qkv", ["gpt_neox.layers.{}.attention.query_key_value"]),
+    *linear("decoder.layers.{}.self_attention.linear_proj", ["gpt_neox.layers.{}.attention.dense"]),
+    *norm("decoder.layers.{}.pre_mlp_layernorm", "gpt_neox.layers.{}.post_attention_layernorm"),
+    *linear("decoder.layers.{}.mlp.linear_fc1", ["gpt_neox.layers.{}.mlp.dense_h_to_4h"]),
+    *linear("decoder.layers.{}.mlp.linear_fc2", ["gpt_neox.layers.{}.mlp.dense_4h_to_h"]),
+    *norm("decoder.final_layernorm", "gpt_neox.final_layer_norm"),
+    Row("output_layer.weight", ("embed_out.weight",)),
+    *HEAD,
+)

@@ -6,14 +6,14 @@ the values that leave the network as it is, and any other value is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model, Rope
-from megatron_rlhf.convert import architecture
+from megatron_rlhf.convert.architecture import check, normal
 
 _SAME: dict[str, tuple[object, ...]] = {
     "num_experts": (1, 0),
@@ -25,7 +25,6 @@ _SAME: dict[str, tuple[object, ...]] = {
     "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "layernorm_zero_centered_gamma": (False,),
-    "rotary_percent": (1.0, 1),
     "rotary_interleaved": (False,),
     "attention_output_gate": (False,),
     "mtp_num_layers": (0,),
@@ -46,7 +45,9 @@ _SAME: dict[str, tuple[object, ...]] = {
 """Settings that would change the network, with the values beside None that do not."""
 _STYLES = {
     ("LayerNorm", "learned_absolute", False, True): "gpt",
+    ("LayerNorm", "rope", False, True): "neox",
     ("RMSNorm", "rope", True, False): "llama",
+    ("RMSNorm", "rope", True, True): "llama",
 }
 """(normalization, position_embedding_type, swiglu, add_bias_linear) and what we call them together."""
 _YARN_FACTOR, _YARN_CONTEXT = "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings"
@@ -58,7 +59,6 @@ _YARN: dict[str, object] = {
     "yarn_correction_range_round_to_int": True,
 }
 """The constants of YaRN's paper, which models/rope.py has."""
-_ACTIVATIONS = {"gpt": "gelu", "llama": "silu"}
 
 
 def model_of(args: Mapping[str, Any], where: str, *, rows: int, precision: str) -> Model:
@@ -71,7 +71,9 @@ def model_of(args: Mapping[str, Any], where: str, *, rows: int, precision: str) 
     hidden, heads = _whole(args, "hidden_size", where), _whole(args, "num_attention_heads", where)
     grouped = args.get("group_query_attention") or args.get("num_query_groups") not in (None, heads)
     groups = _whole(args, "num_query_groups", where) if grouped else heads
+    head = _whole(args, "kv_channels", where, max(1, hidden // heads))
     vocabulary = _whole(args, "vocab_size", where, rows)
+    gated, biased = style == "llama", bool(args.get("add_bias_linear", True))
     fields: dict[str, Any] = {
         "style": style,
         "layers": _whole(args, "num_layers", where),
@@ -81,17 +83,18 @@ def model_of(args: Mapping[str, Any], where: str, *, rows: int, precision: str) 
         "ffn": _whole(args, "ffn_hidden_size", where, Model(layers=1, hidden=hidden, heads=1, vocabulary=1).ffn_width),
         "context": _whole(args, "max_position_embeddings", where, args.get("seq_length") or None),
         "vocabulary": min(vocabulary, rows),
-        "qkv_bias": style == "llama" and bool(args.get("add_qkv_bias", False)),
+        "head_dim": 0 if head * heads == hidden or args.get("kv_channels") is None else head,
+        "qkv_bias": gated and not biased and bool(args.get("add_qkv_bias", False)),
+        "linear_bias": gated and biased,
         "tied": not args.get("untie_embeddings_and_output_weights", False),
         "norm_epsilon": _number(args, where, 1e-5, "layernorm_epsilon", "norm_epsilon"),
         "init_std": _number(args, where, 0.02, "init_method_std"),
         "precision": precision,
-        "rope": _rope(args, where) if style == "llama" else Rope(),
-        "activation": "gelu_tanh" if style == "gpt" and _approximate(args) else _ACTIVATIONS[style],
-        "head_width": _whole(args, "kv_channels", where, hidden // heads),
+        "rope": Rope() if style == "gpt" else replace(_rope(args, where), fraction=_fraction(args, where)),
+        "activation": "gelu_tanh" if not gated and _approximate(args) else "gelu",
     }
-    model = _expressed(fields, where)
-    architecture.check(model, where)
+    model = Model(**fields)
+    check(model, where)
     return model
 
 
@@ -100,34 +103,34 @@ def args_of(model: Model, rows: int) -> dict[str, Any]:
 
     Raises BadInput naming what they cannot say.
     """
-    llama, rope = model.style == "llama", model.rope
-    yarn = llama and rope.scaling == "yarn"
+    rope = model.rope
+    yarn = model.rotary and rope.scaling == "yarn"
     args: dict[str, Any] = {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
         "ffn_hidden_size": model.ffn_width,
         "num_attention_heads": model.heads,
-        "kv_channels": getattr(model, "head_width", 0) or model.hidden // model.heads,
+        "kv_channels": model.head_width,
         "group_query_attention": model.groups != model.heads,
         "num_query_groups": model.groups,
         "max_position_embeddings": model.context,
         "seq_length": model.context,
-        "position_embedding_type": ("yarn" if yarn else "rope") if llama else "learned_absolute",
+        "position_embedding_type": ("yarn" if yarn else "rope") if model.rotary else "learned_absolute",
         "add_position_embedding": True,
-        "normalization": "RMSNorm" if llama else "LayerNorm",
+        "normalization": "RMSNorm" if model.gated else "LayerNorm",
         "norm_epsilon": model.norm_epsilon,
         "layernorm_epsilon": model.norm_epsilon,
-        "swiglu": llama,
-        "add_bias_linear": not llama,
+        "swiglu": model.gated,
+        "add_bias_linear": model.biased,
         "add_qkv_bias": model.qkv_bias,
-        "bias_gelu_fusion": getattr(model, "activation", "gelu") == "gelu_tanh",
+        "bias_gelu_fusion": model.activation == "gelu_tanh",
         "openai_gelu": False,
         "untie_embeddings_and_output_weights": not model.tied,
         "vocab_size": model.vocabulary,
         "padded_vocab_size": rows,
         "make_vocab_size_divisible_by": 128,
         "rotary_base": int(rope.base) if rope.base.is_integer() else rope.base,
-        "rotary_percent": 1.0,
+        "rotary_percent": rope.fraction,
         "rotary_seq_len_interpolation_factor": rope.factor if rope.scaling == "linear" else None,
         "use_rope_scaling": rope.scaling == "llama3",
         "rope_scaling_factor": rope.factor if rope.scaling == "llama3" else 8.0,
@@ -137,8 +140,8 @@ def args_of(model: Model, rows: int) -> dict[str, Any]:
         "fp16": model.precision == "fp16",
     }
     back = model_of(args, "Megatron's args", rows=model.vocabulary, precision=model.precision)
-    for name, value in dataclasses.asdict(normal(model)).items():
-        if dataclasses.asdict(normal(back))[name] != value:
+    for name, value in asdict(normal(model)).items():
+        if asdict(normal(back))[name] != value:
             raise BadInput(f"Megatron-LM's args cannot say {name}={value}; write the format weights or hf")
     return args
 
@@ -161,16 +164,6 @@ def of_provider(config: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def normal(model: Model) -> Model:
-    """The same network with every default spelled out and what it does not use at its default."""
-    rope = Rope() if model.style != "llama" else model.rope
-    if rope.scaling == "none":
-        rope = Rope(base=rope.base)
-    elif rope.scaling == "linear":
-        rope = Rope(base=rope.base, scaling="linear", factor=rope.factor)
-    return dataclasses.replace(model, ffn=model.ffn_width, kv_heads=model.groups, rope=rope)
-
-
 def _style(args: Mapping[str, Any], where: str) -> str:
     rope = args.get("position_embedding_type", "learned_absolute")
     if args.get("use_rotary_position_embeddings"):
@@ -185,8 +178,8 @@ def _style(args: Mapping[str, Any], where: str) -> str:
     if said not in _STYLES:
         raise BadInput(
             f"{where}: normalization={norm}, position_embedding_type={rope}, swiglu={said[2]}, "
-            f"add_bias_linear={said[3]} together are neither the gpt style (LayerNorm, learned_absolute, False, True) "
-            "nor the llama style (RMSNorm, rope, True, False)"
+            f"add_bias_linear={said[3]} together are neither the gpt style (LayerNorm, learned_absolute, False, True), "
+            "nor neox (LayerNorm, rope, False, True), nor llama (RMSNorm, rope, True, False or True)"
         )
     return _STYLES[said]
 
@@ -225,19 +218,11 @@ def _rope(args: Mapping[str, Any], where: str) -> Rope:
     return Rope(base=base)
 
 
-def _expressed(fields: dict[str, Any], where: str) -> Model:
-    """The Model of `fields`. Raises BadInput for one that Model does not have and that is not as it takes it to be."""
-    known = {item.name for item in dataclasses.fields(Model)}
-    usual = {"activation": _ACTIVATIONS[fields["style"]], "head_width": fields["hidden"] // fields["heads"]}
-    for name, value in usual.items():
-        if name in known:
-            if fields[name] == value and name == "head_width":
-                del fields[name]
-        elif fields.pop(name) != value:
-            raise BadInput(f"{where}: {name} is not {value}, which is the only one that a Model of this style has")
-    if fields["style"] == "llama":
-        fields.pop("activation", None)
-    return Model(**fields)
+def _fraction(args: Mapping[str, Any], where: str) -> float:
+    fraction = _number(args, where, 1.0, "rotary_percent")
+    if fraction > 1:
+        raise BadInput(f"{where}: rotary_percent is {fraction:g}; it must be above 0 and at most 1")
+    return fraction
 
 
 def _whole(args: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:

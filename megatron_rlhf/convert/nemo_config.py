@@ -15,6 +15,7 @@ _GATED = {"gelu": False, "openai-gelu": False, "swiglu": True, "fast-swiglu": Tr
 # settings of NeMo that are Megatron-LM's under another name
 _RENAMED = {
     "num_moe_experts": "num_experts",
+    "qkv_bias": "add_qkv_bias",
     "rotary_percentage": "rotary_percent",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "scale_positional_embedding": "use_rope_scaling",
@@ -23,7 +24,7 @@ _RENAMED = {
 }
 _SAME = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
          "max_position_embeddings", "layernorm_epsilon", "init_method_std", "rotary_base", "position_embedding_type",
-         "window_size", "rotary_interleaved", "qk_layernorm", "add_qkv_bias", "openai_gelu")  # fmt: skip
+         "window_size", "rotary_interleaved", "qk_layernorm", "openai_gelu")  # fmt: skip
 _NEUTRAL = {"transformer_block_type": "pre_ln", "headscale": False, "multi_query_attention": False}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -54,7 +55,6 @@ def config_of(model: Model) -> dict[str, Any]:
     It names no `target`: NeMo 3 refuses the class of NeMo 1 and 2, and without one restores what it is asked for.
     """
     args = megatron_args.args_of(model, model.vocabulary)
-    llama = model.style == "llama"
     if args["position_embedding_type"] == "yarn" or (args["use_rope_scaling"] and args["rope_scaling_factor"] != 8.0):
         raise BadInput(f"NeMo has no rope.scaling={model.rope.scaling} of {model.rope.factor:g}; write --to megatron")
     config = {name: args[name] for name in _SAME if args.get(name) is not None}
@@ -62,9 +62,9 @@ def config_of(model: Model) -> dict[str, Any]:
     return config | {
         "mcore_gpt": True,
         "encoder_seq_length": model.context,
-        "normalization": "rmsnorm" if llama else "layernorm",
-        "activation": "fast-swiglu" if llama else "gelu",
-        "bias": not llama,
+        "normalization": "rmsnorm" if model.gated else "layernorm",
+        "activation": "fast-swiglu" if model.gated else "gelu",
+        "bias": model.biased,
         "bias_activation_fusion": args["bias_gelu_fusion"],
         "bias_dropout_add_fusion": False,
         "share_embeddings_and_output_weights": model.tied,

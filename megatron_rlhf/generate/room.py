@@ -23,13 +23,13 @@ _DRAW = 40
 
 def cache_bytes(model: Model, layout: Layout, tokens: int) -> int:
     """A rank's bytes of keys and values of one sequence of `tokens` tokens."""
-    width = model.groups // layout.tp * (model.hidden // model.heads)
+    width = model.groups // layout.tp * model.head_width
     return 2 * (model.layers // layout.pp) * tokens * width * PRECISIONS[model.precision].itemsize
 
 
 def step_bytes(model: Model, layout: Layout, prompt: int) -> int:
     """A rank's bytes beside the cache, at most and about, while a sequence's prompt is read or a token is drawn."""
-    gates = 3 if model.style == "llama" else 2
+    gates = 3 if model.gated else 2
     token = (_STREAMS * model.hidden + gates * model.ffn_width // layout.tp) * PRECISIONS[model.precision].itemsize
     packed = cache_bytes(model, layout, prompt) // (model.layers // layout.pp)
     return max(prompt * token, model.vocabulary // layout.tp * _DRAW) + packed

@@ -1,7 +1,8 @@
 """Rotary positions with their scaling variants, and rows at positions of their own while decoding.
 
-s positions of a row, b rows, d width of a head. Megatron's own module has one offset for a whole batch and fixed
-constants for the Llama 3 variant; the angles made here go into its attention unchanged.
+s positions of a row, b rows, d numbers of a head that turn: its first ones, all where `rope.fraction` is 1. The module
+of Megatron has one offset for a whole batch and fixed constants for the Llama 3 variant; the angles made here go into
+its attention unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 
 def frequencies(rope: Rope, width: int) -> Tensor:
-    """The d/2 inverse frequencies base^(-2i/d) in float32, changed as `rope.scaling` says.
+    """The d/2 inverse frequencies base^(-2i/d) in float32 of heads that turn d of their numbers, changed as
+    `rope.scaling` says.
 
     linear: Chen et al. 2023 (arXiv 2306.15595); llama3: Llama 3.1's smoothed division of the low frequencies;
     yarn: Peng et al. 2023 (arXiv 2309.00071), "NTK by parts".
@@ -58,9 +60,8 @@ class Rotary(torch.nn.Module):
     def __init__(self, model: Model, config: TransformerConfig) -> None:
         """Compute the frequencies of `model` once, in fp32 whatever the stage's precision."""
         super().__init__()
-        assert config.kv_channels is not None
         with torch.device("cpu"):
-            self.frequencies = frequencies(model.rope, config.kv_channels)
+            self.frequencies = frequencies(model.rope, model.rotary_width)
         self.shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.positions_b: Tensor | None = None
 
@@ -70,7 +71,7 @@ class Rotary(torch.nn.Module):
         return int((hidden if received is None else received).shape[0]) * self.shards
 
     def forward(self, length: int, **_: Any) -> Tensor:
-        """The angles; the two halves of a head's width turn together."""
+        """The angles; the two halves of the numbers that turn do so together."""
         self.frequencies = self.frequencies.to(torch.cuda.current_device())
         if self.positions_b is None:
             positions = torch.arange(length, device=self.frequencies.device)

@@ -47,12 +47,12 @@ def build(
         max_sequence_length=model.context,
         pre_process=grid.first_stage and chunk == 0,
         post_process=grid.last_stage and chunk == last - 1,
-        position_embedding_type="rope" if model.style == "llama" else "learned_absolute",
+        position_embedding_type="rope" if model.rotary else "learned_absolute",
         pg_collection=grid.groups,
         vp_stage=_virtual(config, chunk),
         **extra,
     )
-    if model.style == "llama":
+    if model.rotary:
         stage.rotary_pos_emb = Rotary(model, config)
     # Megatron builds the position embedding in fp32 whatever `params_dtype` says.
     return stage.to(config.params_dtype)
@@ -60,24 +60,24 @@ def build(
 
 def configuration(model: Model, layout: Layout, *, dropout: float = 0.0, recompute: str = "none") -> TransformerConfig:
     """Megatron's configuration of every stage of `model` under `layout`."""
-    full, llama = recompute == "full", model.style == "llama"
-    width = model.hidden // model.heads
+    full = recompute == "full"
     virtual = layout.vp > 1
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
         num_query_groups=model.groups,
+        kv_channels=model.head_width,
         ffn_hidden_size=model.ffn_width,
         hidden_dropout=dropout,
         attention_dropout=0.0,
-        normalization="RMSNorm" if llama else "LayerNorm",
+        normalization="RMSNorm" if model.gated else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=llama,
-        activation_func=F.silu if llama else _GELUS[model.activation],
-        add_bias_linear=not llama,
+        gated_linear_unit=model.gated,
+        activation_func=F.silu if model.gated else _GELUS[model.activation],
+        add_bias_linear=model.biased,
         add_qkv_bias=model.qkv_bias,
-        softmax_scale=attention_factor(model.rope) * width**-0.5 if llama else None,
+        softmax_scale=attention_factor(model.rope) * model.head_width**-0.5 if model.rotary else None,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if virtual else None,

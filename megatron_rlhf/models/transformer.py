@@ -72,7 +72,7 @@ def build(
             stage.build(model, config, grid, rows=rows, scalar=scalar, chunk=chunk, engine=fused).to(device())
             for chunk in range(grid.layout.vp)
         ]
-    parameters, gated = names.local(chunks), model.style == "llama"
+    parameters, gated = names.local(chunks), model.gated
     for name, parameter in parameters.items():
         _initialise(name, parameter, model, grid, seed, names.split_of(name, parameter, gated=gated))
     return Network(model, grid, rows, scalar, chunks, parameters, names.directory(parameters, grid, gated=gated))

@@ -60,7 +60,7 @@ def specs(model: Model, rows: int, *, scalar: bool = False) -> tuple[TensorSpec,
         return TensorSpec(name, shape, precision, place, dim=dim, copied=copied)
 
     found = [at(Place.EMBEDDING, "embedding.word_embeddings.weight", vocabulary, 0, tied)]
-    if not _llama(model):
+    if not model.rotary:
         found.append(at(Place.EMBEDDING, "embedding.position_embeddings.weight", (model.context, width)))
     for layer in range(model.layers):
         found.extend(_layer(model, layer))
@@ -141,37 +141,32 @@ def parameters(tensors: Iterable[TensorSpec], tp: int = 1) -> int:
 def _layer(model: Model, layer: int) -> Iterator[TensorSpec]:
     """One layer's tensors; the biases of layers split by rows of output are split, those after a sum are not."""
     width, ffn = model.hidden, model.ffn_width
-    llama = _llama(model)
-    groups = model.groups
-    unit = (model.heads // groups + 2) * (width // model.heads)
-    gates = 2 if llama else 1
+    groups, head = model.groups, model.head_width
+    queries = model.heads // groups * head
+    gates = 2 if model.gated else 1
 
     def at(name: str, *shape: int, dim: int | None = None, blocks: int = 1, unit: int = 1) -> TensorSpec:
         name = f"decoder.layers.{layer}.{name}"
         return TensorSpec(name, shape, model.precision, Place.LAYER, layer, dim, blocks, unit)
 
-    def column(name: str, size: int, blocks: int = 1, unit: int = 1, bias: bool = not llama) -> Iterator[TensorSpec]:
+    def column(name: str, size: int, blocks: int = 1, unit: int = 1, bias: bool = model.biased) -> Iterator[TensorSpec]:
         yield at(f"{name}.weight", size, width, dim=0, blocks=blocks, unit=unit)
         if bias:
             yield at(f"{name}.bias", size, dim=0, blocks=blocks, unit=unit)
 
     def row(name: str, size: int, unit: int = 1) -> Iterator[TensorSpec]:
         yield at(f"{name}.weight", width, size, dim=1, unit=unit)
-        if not llama:
+        if model.biased:
             yield at(f"{name}.bias", width)
 
     yield from (at(f"input_layernorm.{part}", width) for part in _norm_parts(model))
-    yield from row("self_attention.linear_proj", width, unit=width // groups)
-    yield from column("self_attention.linear_qkv", groups * unit, unit=unit, bias=not llama or model.qkv_bias)
+    yield from row("self_attention.linear_proj", groups * queries, unit=queries)
+    unit = queries + 2 * head
+    yield from column("self_attention.linear_qkv", groups * unit, unit=unit, bias=model.biased or model.qkv_bias)
     yield from (at(f"pre_mlp_layernorm.{part}", width) for part in _norm_parts(model))
     yield from column("mlp.linear_fc1", gates * ffn, blocks=gates)
     yield from row("mlp.linear_fc2", ffn)
 
 
 def _norm_parts(model: Model) -> tuple[str, ...]:
-    return ("weight",) if _llama(model) else ("weight", "bias")
-
-
-def _llama(model: Model) -> bool:
-    """Whether there are rotary positions, RMSNorm and SwiGLU, and no bias but `qkv_bias`, in place of GPT-3's."""
-    return model.style == "llama"
+    return ("weight",) if model.gated else ("weight", "bias")

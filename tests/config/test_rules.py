@@ -94,7 +94,18 @@ BROKEN = [
     (["model.style=llama", "model.rope.high=1"], "model.rope.high=1 must be above model.rope.low=1"),
     (["model.style=llama", "model.rope.factor=0.5"], "model.rope.factor is 0.5; it must be at least 1"),
     (["model.style=llama", "model.rope.base=1"], "model.rope.base=1 must be above 1"),
-    (["model.style=llama", "model.hidden=132", "model.heads=4"], "gives heads of odd width, which cannot rotate"),
+    (
+        ["model.style=llama", "model.hidden=132", "model.heads=4"],
+        "model turns 33 of the 33 numbers of a head (model.rope.fraction=1), which must be an even number above 0; "
+        "write for example model.rope.fraction=1 model.head_dim=34",
+    ),
+    (["model.style=neox", "model.rope.fraction=0.04"], "model turns 1 of the 32 numbers of a head"),
+    (["model.style=neox", "model.rope.fraction=0.01"], "model turns 0 of the 32 numbers of a head"),
+    (["model.style=neox", "model.rope.fraction=1.5"], "model.rope.fraction is 1.5; it must be above 0 and at most 1"),
+    (["model.style=neox", "model.rope.base=1"], "model.rope.base=1 must be above 1"),
+    (["model.style=neox", "model.qkv_bias=true"], "model.style=neox has every bias; write model.qkv_bias=false"),
+    (["model.linear_bias=true"], "model.style=gpt has every bias; write model.linear_bias=false"),
+    (["model.head_dim=-1"], "model.head_dim is -1; it must be at least 0"),
 ]
 
 

@@ -104,12 +104,16 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
         ({"tie_word_embeddings": True}, {}),
         ({"tie_word_embeddings": False, "num_key_value_heads": 8}, {}),
         (
+            {"head_dim": 12},
+            {"llama.attention.key_length": 12, "llama.attention.value_length": 12, "llama.rope.dimension_count": 12},
+        ),
+        (
             {"rope_parameters": LINEAR},
             {"llama.rope.freq_base": 500.0, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
         ),
         ({"rope_parameters": LINEAR}, {"llama.rope.freq_base": 500.0, "llama.rope.scale_linear": 4.0}),
     ],
-    ids=["tied", "untied, a key a query", "linear", "linear as older files say it"],
+    ids=["tied", "untied, a key a query", "wide heads", "linear", "linear as older files say it"],
 )
 def test_a_model_computes_what_transformers_does(changes: dict[str, Any], keys: dict[str, Any], tmp_path: Path) -> None:
     """GGUF → weights → Hugging Face: every tensor bit-equal to the first, and logits to 1e-5."""
@@ -154,7 +158,8 @@ def test_several_precisions_become_float32(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type=yarn is not one of none, linear"),
         ({"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor=4.0: without a rope.scaling.type"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4: only heads of 8"),
-        ({"llama.attention.key_length": 16, "llama.rope.dimension_count": 16}, "only head_width=8"),
+        ({"llama.attention.key_length": 16}, "rope.dimension_count=8: only heads of 16 that turn whole"),
+        ({"llama.attention.value_length": 16}, "attention.value_length=16: it must be the width of keys, 8"),
         ({"llama.attention.head_count": None}, "attention.head_count is missing"),
         ({"llama.vocab_size": 7}, "token_embd.weight has 101 rows"),
         ({"tokenizer.ggml.tokens": ["a"]}, "1 tokens and 101 rows"),

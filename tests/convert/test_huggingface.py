@@ -1,6 +1,6 @@
-"""Proves that a Hugging Face folder of GPT-2, Llama, Mistral or Qwen2 becomes weights that a tp2 pp2 network loads,
-computing what transformers computes, and comes back with every bit of every tensor; and that what cannot be expressed,
-and files that are not whole, are refused by name in one sentence.
+"""Proves that a Hugging Face folder of GPT-2, Llama, Mistral, Qwen2 or GPT-NeoX becomes weights that a tp2 pp2 network
+loads, computing what transformers computes, and comes back with every bit of every tensor; and that what cannot be
+expressed, and files that are not whole, are refused by name in one sentence.
 
 Not proved here: published checkpoints; families with a file of their own (their tests are beside these).
 """
@@ -43,8 +43,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2, untied, 1 shard": ("Qwen2", {}),
     "qwen2, tied, 4 shards": ("Qwen2", {"tie_word_embeddings": True, "shards": 4}),
+    "llama, wide heads, biases, 4 shards": (
+        "Llama",
+        {"head_dim": 12, "attention_bias": True, "mlp_bias": True, "shards": 4},
+    ),
+    "gpt-neox, untied, 1 shard, a quarter of a head": ("GPTNeoX", {}),
+    "gpt-neox, tied, 4 shards, half of heads of 12": (
+        "GPTNeoX",
+        {"tie_word_embeddings": True, "shards": 4, "hidden_size": 96, "rotary_pct": 0.5, "hidden_act": "gelu_new"},
+    ),
 }
-HEADS = {"qwen2": "Qwen2", "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}
+HEADS = {"gpt_neox": "GPTNeoX", "qwen2": "Qwen2", "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": {
@@ -187,6 +196,29 @@ def test_the_bias_is_said(scored: dict[str, Any], tmp_path: Path, capsys: pytest
     torch.testing.assert_close(scores, made.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("old", [True, False], ids=["rotary_pct", "rope_parameters"])
+def test_the_part_of_a_head_that_turns_comes_along(old: bool, tmp_path: Path) -> None:
+    """Half of it, with a base of its own and a scaling, spelled as either generation of transformers spells it."""
+    turned = {"rope_type": "linear", "factor": 4.0}
+    spelled = turned | {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    made = publish(tmp_path / "theirs", "GPTNeoX", rope_parameters=spelled)
+    config = json.loads((made.path / "config.json").read_text())
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.5
+    if old:
+        del config["rope_parameters"]
+        # what both names of the base and the fraction say is one thing
+        config |= {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rotary_emb_base": 500, "rope_theta": 500}
+        (made.path / "config.json").write_text(json.dumps(config | {"rope_scaling": turned}))
+    rope = huggingface.open_source(made.path, None).card.model.rope
+    assert rope == Rope(base=500.0, scaling="linear", factor=4.0, fraction=0.5)
+    through(made.path, tmp_path)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    real = torch.arange(made.rows.tokens_BT.shape[1]) < made.rows.lengths_B[:, None]
+    logits = model(made.rows.tokens_BT).logits
+    torch.testing.assert_close(logits[real], made.logits[real], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("old", [True, False], ids=["rope_scaling", "rope_parameters"])
 def test_rotary_positions_come_along(name: str, old: bool, tmp_path: Path) -> None:
@@ -236,7 +268,43 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a window": ("Mistral", {"sliding_window": 16}, "sliding_window=16 is not supported"),
     "a window of some layers": ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
     "a window by layer": ("Qwen2", {"layer_types": ["sliding_attention"]}, "only full_attention in every layer"),
-    "biases of Llama": ("Llama", {"attention_bias": True}, "attention_bias=true: only false can be converted"),
+    "biases of Llama": (
+        "Llama",
+        {"attention_bias": True},
+        "attention_bias=true and mlp_bias=false: Megatron-Core's layers have both biases or neither",
+    ),
+    "a parallel residual": (
+        "GPTNeoX",
+        {"use_parallel_residual": True},
+        "use_parallel_residual=true, as it is where the key is missing, adds attention and feed-forward block",
+    ),
+    "a parallel residual that is not said": ("GPTNeoX", {"use_parallel_residual": None}, "use_parallel_residual=true"),
+    "GPT-NeoX without biases": ("GPTNeoX", {"attention_bias": False}, "attention_bias=false: only true can"),
+    "two fractions": (
+        "GPTNeoX",
+        {"rotary_pct": 0.5, "partial_rotary_factor": 0.25},
+        "rotary_pct=0.5 and partial_rotary_factor=0.25 disagree",
+    ),
+    "a fraction that is odd": (
+        "GPTNeoX",
+        {"rope_parameters": None, "rotary_pct": 0.4},
+        "3 of the 8 numbers of a head turn (rope.fraction=0.4); it must be an even number above 0",
+    ),
+    "a fraction above the whole": (
+        "GPTNeoX",
+        {"rope_parameters": None, "rotary_pct": 2},
+        "rope.fraction=2; it must be",
+    ),
+    "a fraction of Llama's": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "has partial_rotary_factor=0.5, which may change what the network computes",
+    ),
+    "a head that is not said": (
+        "Llama",
+        {"num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": None},
+        "7 heads",
+    ),
     "a rope": (
         "Llama",
         {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -312,6 +380,13 @@ def test_a_head_is_not_made_up(head: str, tmp_path: Path) -> None:
     ("model", "sentence"),
     [
         (Model(layers=1, hidden=8, heads=4, kv_heads=2, vocabulary=9), "gpt2 has no kv_heads=2"),
+        (Model(layers=1, hidden=8, heads=4, head_dim=4, vocabulary=9), "gpt2 has no head_dim=4"),
+        (Model(layers=1, hidden=8, heads=4, kv_heads=2, vocabulary=9, style="neox"), "gpt_neox has no kv_heads=2"),
+        (Model(layers=1, hidden=8, heads=4, head_dim=4, vocabulary=9, style="neox"), "gpt_neox has no head_dim=4"),
+        (
+            Model(layers=1, hidden=8, heads=2, vocabulary=9, style="llama", rope=Rope(fraction=0.5)),
+            "llama has no rope={'base': 10000.0",
+        ),
         (Model(layers=1, hidden=8, heads=4, vocabulary=9, style="llama", tied=True, rope=Rope(scaling="odd")), "odd"),
     ],
 )
@@ -394,6 +469,26 @@ def test_what_is_harmless_is_left(folders: dict[str, Path], tmp_path: Path) -> N
     folder = rewritten(spoilt(folders["GPT2"], tmp_path / "first"), change)
     through(folder, tmp_path)
     same(tensors(tmp_path / "back"), tensors(folders["GPT2"]))
+
+
+def test_what_is_harmless_in_gpt_neox_is_left(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As first published: causal masks, the value behind them, and the frequencies; and a tied head once more."""
+
+    def change(held: dict[str, Tensor]) -> None:
+        for layer in range(4):
+            where = f"gpt_neox.layers.{layer}.attention"
+            held[f"{where}.bias"] = torch.ones(1, 1, 64, 64).tril()
+            held[f"{where}.masked_bias"] = torch.tensor(-1e9)
+            held[f"{where}.rotary_emb.inv_freq"] = torch.ones(1)
+
+    folder = rewritten(spoilt(folders["GPTNeoX"], tmp_path / "first"), change)
+    through(folder, tmp_path)
+    same(tensors(tmp_path / "back"), tensors(folders["GPTNeoX"]))
+    tied = rewritten(spoilt(folders["GPTNeoX"], tmp_path / "tied", tie_word_embeddings=True), lambda held: None)
+    with pytest.raises(BadInput, match=r"embed_out\.weight differs from gpt_neox\.embed_in\.weight; write tie_word"):
+        through(tied, tmp_path / "never")
+    rewritten(tied, lambda held: held.update({"embed_out.weight": held["gpt_neox.embed_in.weight"].clone()}))
+    assert huggingface.open_source(tied, None).leftover() == []
 
 
 def test_old_pickles_are_read(folders: dict[str, Path], tmp_path: Path) -> None:

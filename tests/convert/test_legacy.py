@@ -105,7 +105,7 @@ def old(folder: Path, card: Card, whole: dict[str, Tensor], tp: int, pp: int, **
 
 @pytest.mark.parametrize(
     ("model", "tp", "pp"),
-    [(replace(GPT, vocabulary=100), 2, 2), (replace(LLAMA, vocabulary=100), 2, 4), (GPT, 1, 1)],
+    [(replace(GPT, vocabulary=100), 2, 2), (replace(LLAMA, vocabulary=100), 2, 4), (GPT, 1, 1), (tiny.NEOX, 1, 1)],
 )
 def test_the_names_of_before_are_read(model: Model, tp: int, pp: int, tmp_path: Path) -> None:
     card = Card(model)

@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ import yaml
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_rlhf.config.schema import Model, Rope
-from megatron_rlhf.convert import huggingface, megatron, megatron_args, nemo, run, weights
+from megatron_rlhf.convert import huggingface, megatron, megatron_args, nemo, nemo_config, run, weights
 from megatron_rlhf.convert.logical import Card
 from megatron_rlhf.models.transformer import Network
 from tests.helpers import checkpoints as tiny
 from tests.helpers import roles
 from tests.helpers.grid import on_grid
 
-GPT, LLAMA = tiny.GPT, tiny.LLAMA
+GPT, LLAMA, NEOX = tiny.GPT, tiny.LLAMA, tiny.NEOX
 
 
 def sharded(network: Network, **metadata: Any) -> dict[str, Any]:
@@ -132,6 +132,9 @@ def written(folder: Path, card: Card, found: dict[str, torch.Tensor], **settings
         ),
         (replace(LLAMA, rope=Rope(scaling="yarn", factor=4.0, original_context=32)), "policy", 4, torch.float32),
         (replace(LLAMA, qkv_bias=True), "policy", 2, torch.float32),
+        (replace(LLAMA, linear_bias=True, head_dim=6), "value", 4, torch.float32),
+        (NEOX, "policy", 4, torch.bfloat16),
+        (replace(NEOX, tied=True, activation="gelu_tanh"), "reward", 2, torch.float32),
         (replace(LLAMA, rope=Rope(scaling="linear", factor=2.0), norm_epsilon=1e-6), "policy", 1, torch.float32),
     ],
 )
@@ -259,7 +262,13 @@ model:
         ({"num_experts": 8}, "num_experts=8 is a network that is not known here"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
         ({"normalization": "RMSNorm"}, "normalization=RMSNorm, position_embedding_type=learned_absolute"),
-        ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
+        ({"rotary_interleaved": True}, "rotary_interleaved=True"),
+        (
+            {"position_embedding_type": "rope", "rotary_percent": 1.5},
+            "rotary_percent is 1.5; it must be above 0 and at most 1",
+        ),
+        ({"position_embedding_type": "rope", "rotary_percent": 0.4}, "3 of the 8 numbers of a head turn"),
+        ({"add_bias_linear": False}, "nor neox (LayerNorm, rope, False, True)"),
         ({"hidden_size": "32"}, "hidden_size is 32; it must be a whole number above 0"),
         ({"num_layers": None}, "num_layers is missing"),
         ({"num_attention_heads": 5, "kv_channels": None}, "5 heads do not divide 32"),
@@ -480,6 +489,82 @@ def test_a_piece_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
     assert "is compressed" in put(packed.getvalue())
 
 
+CHANGES: dict[str, Any] = {
+    "layers": 2,
+    "hidden": 64,
+    "heads": 4,
+    "vocabulary": 99,
+    "context": 32,
+    "ffn": 48,
+    "head_dim": 16,
+    "tied": True,
+    "style": "gpt",
+    "kv_heads": 2,
+    "activation": "gelu_tanh",
+    "qkv_bias": True,
+    "linear_bias": True,
+    "norm_epsilon": 1e-6,
+    "init_std": 0.1,
+    "precision": "bf16",
+    "rope.base": 700.0,
+    "rope.scaling": "linear",
+    "rope.factor": 2.0,
+    "rope.low": 2.0,
+    "rope.high": 8.0,
+    "rope.original_context": 4096,
+    "rope.fraction": 0.5,
+}
+"""Every setting of a model, as none of BASES has it."""
+BASES = {
+    "gpt": replace(GPT, heads=8, tied=False, style="gpt"),
+    "neox": replace(NEOX, heads=8, rope=Rope(base=500.0, factor=8.0)),
+    **{
+        name: replace(LLAMA, rope=Rope(scaling=name, factor=8.0, original_context=8192))
+        for name in ("none", "llama3", "yarn")
+    },
+}
+_SCALED = {"rope.low", "rope.high"}
+UNUSED = {
+    "gpt": {name for name in CHANGES if name.startswith("rope.")} | {"style", "qkv_bias", "linear_bias"},
+    "neox": {"qkv_bias", "linear_bias", "rope.factor", "rope.original_context"} | _SCALED,
+    "none": {"activation", "rope.factor", "rope.original_context"} | _SCALED,
+    "llama3": {"activation"},
+    "yarn": {"activation"} | _SCALED,
+}
+"""Settings that a style has no use for, and which therefore need no word."""
+REFUSED = {"llama3": {"rope.original_context"} | _SCALED}
+NEMO_REFUSED = {"llama3": {"rope.factor"} | REFUSED["llama3"], "yarn": CHANGES.keys() - {"style", "rope.scaling"}}
+
+
+def test_changes_are_of_every_setting() -> None:
+    settings = {field.name for field in fields(Model)} - {"rope"}
+    assert settings | {f"rope.{field.name}" for field in fields(Rope)} == CHANGES.keys()
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+@pytest.mark.parametrize("base", BASES)
+def test_every_setting_is_said_or_refused(base: str, setting: str) -> None:
+    """Changed alone, it comes back from Megatron-LM's words and from NeMo's, or it is refused by its name."""
+    name = setting.removeprefix("rope.")
+    change = {name: CHANGES[setting]}
+    model = replace(BASES[base], **({"rope": replace(BASES[base].rope, **change)} if "." in setting else change))
+    normal = megatron_args.normal(model)
+    assert (normal == megatron_args.normal(BASES[base])) == (setting in UNUSED[base])
+    settings = {"where": "it", "rows": model.vocabulary, "precision": model.precision}
+    if setting in REFUSED.get(base, set()):
+        said = tiny.refused(megatron_args.args_of, model, 128)
+        assert "cannot say rope=" in said and f"'{name}'" in said
+    else:
+        back = megatron_args.model_of(megatron_args.args_of(model, 128), **settings)
+        assert megatron_args.normal(back) == normal
+    if setting in NEMO_REFUSED.get(base, set()):
+        assert "rope" in tiny.refused(nemo_config.config_of, model)
+    else:
+        config = nemo_config.config_of(model)
+        back = megatron_args.model_of(nemo_config.args_of(config, "it"), **settings)
+        assert megatron_args.normal(back) == normal
+
+
 def test_what_megatrons_args_cannot_say_is_refused(tmp_path: Path) -> None:
     rope = Rope(scaling="llama3", factor=8.0, low=2.0)
     said = tiny.refused(megatron_args.args_of, replace(LLAMA, rope=rope), 128)
@@ -494,14 +579,17 @@ def test_what_megatrons_args_cannot_say_is_refused(tmp_path: Path) -> None:
         (replace(GPT, activation="gelu_tanh"), "policy"),
         (LLAMA, "policy"),
         (replace(LLAMA, qkv_bias=True), "policy"),
+        (replace(LLAMA, linear_bias=True, head_dim=6), "policy"),
         (replace(LLAMA, tied=True), "policy"),
+        (NEOX, "policy"),
+        (replace(NEOX, tied=True, activation="gelu_tanh"), "value"),
         (LLAMA, "value"),
     ],
 )
 def test_a_chain_through_every_format_comes_back_to_the_bit(model: Model, role: str, tmp_path: Path) -> None:
     """Hugging Face, Megatron (tp2 pp2), NeMo, a folder of weights, Megatron, Hugging Face: an odd vocabulary, two
     shards, a head, every tensor bit for bit and the two config.json alike."""
-    card = Card(replace(model, ffn=128 if model.style == "gpt" else 64), role)
+    card = Card(replace(model, ffn=64 if model.gated else 128), role)
     expected = tiny.tensors(card)
     hf, last = tmp_path / "0", tmp_path / "5"
     huggingface.write(hf, card, tiny.stream(expected), torch.float32)

@@ -53,6 +53,9 @@ def written(path: Path, card: Card, found: dict[str, Tensor], layout: str = "") 
             "tp4",
             torch.float32,
         ),
+        (replace(LLAMA, qkv_bias=True), "policy", "", torch.float32),
+        (replace(LLAMA, linear_bias=True, head_dim=6), "policy", "tp2", torch.float32),
+        (replace(tiny.NEOX, activation="gelu_tanh"), "policy", "tp2 pp2", torch.float32),
     ],
 )
 def test_there_and_back(model: Model, role: str, layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -193,7 +196,8 @@ def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
         ({"activation": "reglu"}, "activation=reglu is not one of gelu"),
         ({"transformer_block_type": "post_ln"}, "transformer_block_type=post_ln is a network that is not known"),
         ({"num_moe_experts": 8}, "num_experts=8"),
-        ({"rotary_percentage": 0.5}, "rotary_percent=0.5"),
+        ({"rotary_percentage": 1.5}, "rotary_percent is 1.5; it must be above 0 and at most 1"),
+        ({"rotary_percentage": 0.3}, "1 of the 4 numbers of a head turn (rope.fraction=0.3)"),
         ({"num_layers": None}, "num_layers is missing"),
         ({"tokenizer": {"model": "nemo:../../etc/passwd"}, "megatron_rlhf": None}, "which the archive does not hold"),
         ({"megatron_rlhf": {"files": {"tokenizer.model": "nemo:gone"}}}, "which the archive does not hold"),
@@ -203,6 +207,16 @@ def test_another_network_is_refused_by_name(change: dict[str, Any], said: str, t
     plain = written(tmp_path / "plain.nemo", Card(LLAMA), tiny.tensors(Card(LLAMA)))
     other = repacked(plain, tmp_path / "other.nemo", lambda folder: edited(folder, **change) and None)
     assert said in tiny.refused(nemo.open_source, other)
+
+
+def test_nemos_own_words_are_written() -> None:
+    """Those that its models look for, some of which Megatron-LM calls otherwise."""
+    said = nemo_config.config_of(replace(LLAMA, qkv_bias=True, head_dim=8, rope=Rope(fraction=0.5)))
+    assert (said["qkv_bias"], said["rotary_percentage"], said["kv_channels"]) == (True, 0.5, 8)
+    assert not {"add_qkv_bias", "rotary_percent"} & said.keys()
+    said = nemo_config.config_of(tiny.NEOX)
+    assert (said["normalization"], said["activation"], said["bias"]) == ("layernorm", "gelu", True)
+    assert (said["position_embedding_type"], said["rotary_percentage"], said["qkv_bias"]) == ("rope", 0.5, False)
 
 
 def test_what_nemos_config_cannot_say_is_refused() -> None:

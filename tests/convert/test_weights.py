@@ -31,11 +31,11 @@ from tests.helpers.grid import on_grid
 
 
 @on_grid(4)
-@pytest.mark.parametrize("style", ["gpt", "llama"])
+@pytest.mark.parametrize("style", ["gpt", "llama", "neox"])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_every_layout_is_joined_and_read_again(style: str, scalar: bool, tmp_path: Path) -> None:
     """tp2 pp2 and tp4 folders become one folder of whole tensors without padding, which pp4 and tp2 dp2 load."""
-    model = replace(tiny.STYLES[style], vocabulary=101)
+    model = replace((tiny.STYLES | tiny.RELATIVES)[style], vocabulary=101)
     for words in ("tp2 pp2", "tp4"):
         built = tiny.network(words, model, scalar=scalar)
         expected = tiny.weights(built)

@@ -30,7 +30,10 @@ MODEL = replace(tiny.MODEL, vocabulary=11, init_std=0.2)
 PADDED = 16
 NEAR = 1e-5
 """Two perturbed logits closer than this may change places between two orders of addition."""
-LLAMA = replace(tiny.LLAMA, vocabulary=11, init_std=0.2)
+ROTARY = {
+    name: replace(model, vocabulary=11, init_std=0.2)
+    for name, model in {"llama": tiny.LLAMA, "neox": tiny.NEOX, "biased": tiny.RELATIVES["biased"]}.items()
+}
 LAYOUTS = [tiny.ONE, "tp2 dp2", "tp2 pp2", "pp4", "tp4"]
 
 
@@ -119,12 +122,15 @@ def test_the_cache_equals_full_recompute(words: str, draw_as: Draw) -> None:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("words", ["tp2 dp2", "pp4"])
-def test_rotary_positions_are_each_rows_own(words: str) -> None:
-    """Llama style, ragged prompts: a new token turns by the place it has in its row, on every stage."""
-    draw_as, asked = Draw(seed=3), tiny.prompts(13, vocabulary=LLAMA.vocabulary)
-    rollout = Generator(tiny.network(words, LLAMA, rows=PADDED), end=END, rows=64).sample(asked, draw_as, 14)
-    assert flips(rollout, recomputed(rollout, draw_as, tiny.network(tiny.ONE, LLAMA, rows=PADDED))) <= 1
+@pytest.mark.parametrize(
+    ("style", "words"), [("llama", "tp2 dp2"), ("llama", "pp4"), ("neox", "tp2 pp2"), ("biased", "tp2 dp2")]
+)
+def test_rotary_positions_are_each_rows_own(style: str, words: str) -> None:
+    """Ragged prompts: a new token turns by the place it has in its row, on every stage; of GPT-NeoX half a head."""
+    model = ROTARY[style]
+    draw_as, asked = Draw(seed=3), tiny.prompts(13, vocabulary=model.vocabulary)
+    rollout = Generator(tiny.network(words, model, rows=PADDED), end=END, rows=64).sample(asked, draw_as, 14)
+    assert flips(rollout, recomputed(rollout, draw_as, tiny.network(tiny.ONE, model, rows=PADDED))) <= 1
     assert len({len(response) for response in responses(rollout)}) > 3
 
 

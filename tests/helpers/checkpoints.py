@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.config.schema import Model
+from megatron_rlhf.config.schema import Model, Rope
 from megatron_rlhf.convert.logical import Card, Source
 
 GPT = Model(layers=4, hidden=32, heads=4, vocabulary=101, context=64)
 LLAMA = replace(GPT, style="llama", heads=8, kv_heads=4, ffn=64, tied=False)
+NEOX = replace(GPT, style="neox", tied=False, rope=Rope(base=500.0, fraction=0.5))
 
 
 def tensors(card: Card, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

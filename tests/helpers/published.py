@@ -33,7 +33,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Llama": _ROTARY,
     "Qwen2": _ROTARY,
     "Mistral": {**_ROTARY, "sliding_window": None},
+    "GPTNeoX": {
+        **{name: size for name, size in _ROTARY.items() if name != "num_key_value_heads"},
+        "use_parallel_residual": False,
+    },
 }
+_STORED = {"GPTNeoX": {"lm_head.weight": "embed_out.weight"}}
+"""What transformers calls a tensor in memory, and in files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +68,14 @@ def publish(path: Path, family: str, *, head: str = "ForCausalLM", shards: int =
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             head = name.endswith(("lm_head.weight", "score.weight", "wte.weight"))
-            head = head or (config.tie_word_embeddings and name.endswith("embed_tokens.weight"))
+            head = head or (config.tie_word_embeddings and name.endswith(("embed_tokens.weight", "embed_in.weight")))
             spread = 0.2 if head else 0.08
             mean = 1.0 if "norm.weight" in name or ".ln_" in name and name.endswith("weight") else 0.0
             parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) * spread)
         rows = _rows(generator)
         real = torch.arange(rows.tokens_BT.shape[1]) < rows.lengths_B[:, None]
-        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        stored = _STORED.get(family, {})
+        kept = {stored.get(name, name): tensor.clone() for name, tensor in model.state_dict().items()}
         size = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
         model.save_pretrained(path, max_shard_size=10 * size if shards == 1 else int(size / (shards - 0.7)))
         logits = model.double()(rows.tokens_BT, attention_mask=real.long()).logits.float()
@@ -76,7 +83,7 @@ def publish(path: Path, family: str, *, head: str = "ForCausalLM", shards: int =
     files = list(path.glob("*.safetensors"))
     assert len(files) == shards, [file.name for file in files]
     if config.tie_word_embeddings:
-        kept.pop("lm_head.weight", None)
+        kept.pop(stored.get("lm_head.weight", "lm_head.weight"), None)
     return Published(path, kept, rows, logits)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_rlhf.batch import Annotated, Experience, Prompts, Rankings, Rollout, Rows
 from megatron_rlhf.checkpoint.pieces import Range
 from megatron_rlhf.config.layout import Layout
-from megatron_rlhf.config.schema import Adam, Compute, Learning, Model
+from megatron_rlhf.config.schema import Adam, Compute, Learning, Model, Rope
 from megatron_rlhf.models import roles, transformer
 from megatron_rlhf.models.transformer import Network
 from megatron_rlhf.observe.stats import Stats
@@ -32,7 +32,13 @@ PADDED = 128
 """Rows of the embedding; the vocabulary of MODEL is 100."""
 MODEL = Model(layers=4, hidden=32, heads=4, vocabulary=100, context=64, init_std=0.1)
 LLAMA = replace(MODEL, style="llama", heads=8, kv_heads=4, ffn=64, tied=False)
+NEOX = replace(MODEL, style="neox", tied=False, rope=Rope(fraction=0.5))
 STYLES = {"gpt": MODEL, "llama": LLAMA}
+RELATIVES = {
+    "qwen2": replace(LLAMA, qkv_bias=True),
+    "neox": NEOX,
+    "biased": replace(LLAMA, linear_bias=True, head_dim=24),
+}
 
 Tensors = Mapping[str, Tensor]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ FOUR = [*QUICK, "tp4", "pp4", "dp4", "pp2 dp2", "pp2 dp2 vp2"]
 EIGHT = ["tp2 pp2 dp2 sp", "tp2 pp2 vp2 dp2"]
 WORDS = 2048
 SIZES: dict[str, Any] = {"hidden": 128, "vocabulary": WORDS, "init_std": 0.02}
-STYLES = {name: replace(model, **SIZES) for name, model in tiny.STYLES.items()}
+STYLES = {name: replace(model, **SIZES) for name, model in (tiny.STYLES | tiny.RELATIVES).items()}
 NEAR = 1.5e-6
 
 
@@ -79,10 +80,9 @@ def compare(kind: str, style: str, layouts: list[str]) -> None:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "style"), [*product(KINDS, tiny.STYLES), ("sft", "qwen2"), ("sft", "neox")], ids=str)
 def test_gradients_are_the_same(kind: str, style: str) -> None:
-    """Every tensor of every role, gpt and llama."""
+    """Every tensor of every role, gpt and llama; of SFT those of their relatives too."""
     compare(kind, style, QUICK)
 
 

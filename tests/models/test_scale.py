@@ -129,6 +129,17 @@ def test_qwens_biases_are_built_where_they_are_said_to_be() -> None:
     assert sweep(settings, "tp2 pp2 sp") - plain == 4 * 16 * (8 + 2 * 4)
 
 
+def test_relatives_of_the_styles_are_built_as_said() -> None:
+    """GPT-NeoX has no table of positions; wide heads widen attention alone, and every projection may have a bias."""
+    neox, llama = model("neox_tiny"), model("llama_tiny")
+    assert sweep(replace(neox, style="gpt"), "tp2 pp2 sp") - sweep(neox, "tp2 pp2 sp") == neox.context * neox.hidden
+    assert sweep(neox, "tp4 pp2", True) == sweep(neox, "tp2") - neox.vocabulary * neox.hidden + neox.hidden + 1
+    plain, wide = sweep(llama, "tp2 pp2"), sweep(replace(llama, head_dim=20), "tp2 pp2")
+    assert wide - plain == 4 * (20 - 16) * 128 * (2 * 8 + 2 * 4)
+    biased = sweep(replace(llama, linear_bias=True), "tp2 pp2 sp")
+    assert biased - plain == 4 * (16 * (8 + 2 * 4) + 128 + 2 * 352 + 128)
+
+
 @pytest.mark.slow
 def test_every_rank_of_1024_builds_its_stage() -> None:
     """Replicas too: what a rank holds does not depend on dp."""

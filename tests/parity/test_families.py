@@ -29,6 +29,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, as trained": ("GPT2", {"activation_function": "gelu_new"}),
     "qwen2": ("Qwen2", {}),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama, biases and wide heads": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "gpt-neox, a quarter of a head": ("GPTNeoX", {}),
+    "gpt-neox, whole heads": ("GPTNeoX", {"rotary_pct": 1.0, "hidden_size": 96}),
 }
 ANSWER = 10
 """Tokens drawn for each prompt."""

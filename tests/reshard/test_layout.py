@@ -14,11 +14,13 @@ import pytest
 
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.rules import BadInput
-from megatron_rlhf.config.schema import Model
+from megatron_rlhf.config.schema import Model, Rope
 from megatron_rlhf.reshard.layout import TensorSpec, layers, parameters, shard_shape, spans, specs, stage
 
 GPT = Model(layers=8, hidden=32, heads=8, vocabulary=100, context=64, precision="bf16")
 LLAMA = replace(GPT, style="llama", tied=False, kv_heads=4, ffn=88)
+NEOX = replace(GPT, style="neox", tied=False, rope=Rope(fraction=0.5))
+WIDE = replace(LLAMA, head_dim=6, linear_bias=True)
 LLAMA_8B = replace(LLAMA, layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256)
 ROWS = 128
 LAYOUTS = ["tp1", "tp2", "tp4", "pp2", "pp8", "tp2 pp4", "tp4 pp2", "pp2 vp2", "tp2 pp4 vp2", "tp4 pp2 vp4 sp"]
@@ -36,7 +38,9 @@ def layout(words: str) -> Layout:
 
 
 @pytest.mark.parametrize("words", LAYOUTS)
-@pytest.mark.parametrize("model", [GPT, replace(GPT, tied=False), LLAMA, replace(LLAMA, tied=True, qkv_bias=True)])
+@pytest.mark.parametrize(
+    "model", [GPT, replace(GPT, tied=False), LLAMA, replace(LLAMA, tied=True, qkv_bias=True), NEOX, WIDE]
+)
 @pytest.mark.parametrize("scalar", [False, True])
 def test_every_element_is_held_once(model: Model, words: str, scalar: bool) -> None:
     """One chunk a tensor, one shard an element of its split dimension, but for copies, which are counted."""
@@ -103,6 +107,25 @@ def test_qwens_biases_are_split_as_their_rows_are() -> None:
     assert [spec.name for spec in more] == [f"decoder.layers.{i}.self_attention.linear_qkv.bias" for i in range(8)]
     weight = named(LLAMA)["decoder.layers.0.self_attention.linear_qkv.weight"]
     assert more[0].shape == weight.shape[:1] and spans(more[0], 2, 1) == spans(weight, 2, 1)
+
+
+def test_neox_is_gpt_without_its_table_of_positions() -> None:
+    """And, untied, with an output layer; what part of a head turns is in no shape."""
+    names = named(replace(GPT, tied=False)).keys() ^ named(NEOX).keys()
+    assert names == {"embedding.position_embeddings.weight"}
+
+
+def test_wide_heads_and_biases_are_in_attention_and_feed_forward() -> None:
+    """Heads of 6 numbers where 32 hidden numbers over 8 heads would make 4; no bias in RMSNorm."""
+    here = {name.removeprefix("decoder.layers.0."): spec for name, spec in named(WIDE).items() if ".0." in name}
+    assert here["self_attention.linear_qkv.weight"].shape == ((8 + 2 * 4) * 6, 32)
+    assert (here["self_attention.linear_proj.weight"].shape, here["self_attention.linear_proj.bias"].shape) == (
+        (32, 48),
+        (32,),
+    )
+    assert here["self_attention.linear_proj.weight"].unit == 2 * 6
+    assert here["mlp.linear_fc1.bias"].blocks == 2
+    assert [name for name in here if "layernorm" in name and name.endswith("bias")] == []
 
 
 def test_gate_and_up_are_split_each() -> None:

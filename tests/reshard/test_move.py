@@ -376,10 +376,10 @@ def test_shards_that_lie_elsewhere_are_refused() -> None:
 
 
 @on_grid(4)
-@pytest.mark.parametrize("style", tiny.STYLES)
+@pytest.mark.parametrize("style", tiny.STYLES | tiny.RELATIVES)
 def test_live_modules_are_held_against_their_specs(style: str) -> None:
     """Names, shapes, splits and dtypes, of the whole model and of this rank."""
-    network = tiny.network("tp2 pp2", tiny.STYLES[style])
+    network = tiny.network("tp2 pp2", (tiny.STYLES | tiny.RELATIVES)[style])
     check(network)
     fc1 = "decoder.layers.0.mlp.linear_fc1.weight"
     entry = network.directory[fc1]

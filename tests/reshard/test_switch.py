@@ -234,11 +234,11 @@ def test_open_gradients_and_lent_weights_do_not_generate() -> None:
 
 
 @on_grid(4)
-@pytest.mark.parametrize(("generate", "style"), [("pp2 dp2", "gpt"), ("tp2 pp2", "llama")])
+@pytest.mark.parametrize(("generate", "style"), [("pp2 dp2", "gpt"), ("tp2 pp2", "llama"), ("tp2 dp2", "biased")])
 def test_rows_fit_in_what_is_free(generate: str, style: str) -> None:
     """Their number follows from the rank with the least memory, the cache has the size it was reckoned with, and the
     tokens are those of any other number of rows."""
-    network, asked = tiny.network(generate, tiny.STYLES[style]), tiny.prompts(5)
+    network, asked = tiny.network(generate, (tiny.STYLES | tiny.RELATIVES)[style]), tiny.prompts(5)
     layout, prompt = network.grid.layout, int(asked.lengths_B.max())
     cache = Cache(network, 3, prompt + 6)
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
