@@ -77,6 +77,8 @@ def trimmed(whole: dict[str, torch.Tensor], vocabulary: int) -> dict[str, torch.
         pytest.param(roles.LLAMA, "tp4", "tp2 dp2", False, False, marks=pytest.mark.slow),
         pytest.param(replace(roles.LLAMA, tied=True), "pp4", "tp2 pp2", False, False, marks=pytest.mark.slow),
         pytest.param(roles.MODEL, "tp2 dp2", "pp4", True, True, marks=pytest.mark.slow),
+        pytest.param(roles.NEOX, "tp2 pp2", "tp1 pp4", False, False, marks=pytest.mark.slow),
+        pytest.param(roles.RELATIVES["biased"], "tp1 pp2 dp2", "tp2 pp2 vp2", False, True, marks=pytest.mark.slow),
     ],
 )
 def test_megatron_core_and_we_read_each_other(

@@ -12,6 +12,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from tests.helpers.grid import on_grid
 
 
 @on_grid(4)
-@pytest.mark.parametrize("style", ["gpt", "llama", "neox"])
-@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize(
+    ("style", "scalar"),
+    [*product(["gpt", "llama"], [False, True]), ("neox", False), pytest.param("neox", True, marks=pytest.mark.slow)],
+)
 def test_every_layout_is_joined_and_read_again(style: str, scalar: bool, tmp_path: Path) -> None:
     """tp2 pp2 and tp4 folders become one folder of whole tensors without padding, which pp4 and tp2 dp2 load."""
     model = replace((tiny.STYLES | tiny.RELATIVES)[style], vocabulary=101)
