@@ -33,6 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox, a quarter of a head": ("GPTNeoX", {}),
     "gpt-neox, whole heads": ("GPTNeoX", {"rotary_pct": 1.0, "hidden_size": 96}),
 }
+SLOW = {"llama, biases and wide heads", "gpt-neox, whole heads"}
 ANSWER = 10
 """Tokens drawn for each prompt."""
 CLEAR = 1e-4
@@ -55,7 +56,9 @@ def answered(path: Path, prompts: Prompts) -> Tensor:
     return torch.stack(answers)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
+)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A folder's weights here, what transformers computes of it and what it answers."""
     family, settings = FAMILIES[request.param]
