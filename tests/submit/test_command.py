@@ -165,6 +165,9 @@ def test_a_file_of_settings_says_what_a_site_is_like(tmp_path: Path, capfd: pyte
     assert cli.main(words) == 0
     said = capfd.readouterr().out
     assert "--partition=gpu" in said and "--account=mine" in said and "--nodes=2" in said
+    (tmp_path / "site.yaml").write_text("time: 24:00:00\n")
+    assert cli.main(words) == 2
+    assert "'slurm.time' is read as 86400, it must be text; write it in quotes" in capfd.readouterr().err
     (tmp_path / "site.yaml").write_text("queue: gpu\n")
     assert cli.main(words) == 2
     assert "setting 'slurm.queue' is unknown" in capfd.readouterr().err
