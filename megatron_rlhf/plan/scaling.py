@@ -44,7 +44,7 @@ def page() -> str:
     config = load("plan", ["cluster=h100"])
     found = [searched(gpus) for gpus in GPUS]
     parts = [_head(config), _which(found), _phases(found), _memory(found)]
-    parts += [_formulas(config), _published(), _compute(config), _missing()]
+    parts += [formulas(config), published(), compute(config), _missing()]
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"
 
 
@@ -152,7 +152,8 @@ def _memory(found: Sequence[Found]) -> Iterator[str]:
     yield from _table(["phase", *(f"{plan.world:,}" for plan in plans), "most of it, 1,024"], rows)
 
 
-def _formulas(config: Config) -> Iterator[str]:
+def formulas(config: Config) -> Iterator[str]:
+    """The rates and the numbered formulas."""
     cluster, factors = config.cluster, config.cluster.factors
     yield "## Formulas"
     yield ""
@@ -225,7 +226,8 @@ _PHASES = (
 )
 
 
-def _published() -> Iterator[str]:
+def published() -> Iterator[str]:
+    """What others measured, beside what is predicted."""
     cluster = load("plan", ["cluster=a100"]).cluster
     yield "## Against what others measured"
     yield ""
@@ -248,7 +250,8 @@ def _told(factors: Factors) -> str:
     return f"gemm {factors.gemm:g}, memory {factors.memory:g}, nvlink {factors.nvlink:g}, nic {factors.nic:g}"
 
 
-def _compute(config: Config) -> Iterator[str]:
+def compute(config: Config) -> Iterator[str]:
+    """The paper's compute, beside what it prints."""
     yield "## The paper's compute"
     yield ""
     yield "Petaflop/s-days: 2N a token forward, 6N forward and backward, N the parameters, every row a full context."
