@@ -88,7 +88,7 @@ options=(--kill-on-bad-exit=1)
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of $verb on $SLURM_JOB_NODELIST, after ${stands:-nothing}"
 # shellcheck disable=SC2086
-srun "${options[@]}" ${MRLHF_SRUN:-} "$here/node.sh" "$@" &
+srun "${options[@]}" ${MRLHF_SRUN:-} bash "$here/node.sh" "$@" &
 step=$!
 while :; do
     wait "$step"

@@ -117,12 +117,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(environment: Environment, *, kernels: list[str], says: str, at: Path) -> None:
-    """The package at `at`, and no other, runs from another folder: doctor, help, configs, every op."""
+    """The package at `at`, and no other, runs from another folder: doctor, help, configs, SLURM scripts, every op."""
     assert environment.doctor() == says
     assert "  quickstart " in environment.run("megatron-rlhf", "--help")
     words = ("model=gpt_tiny", "layout.policy=tp2", "layout.generate=tp1", "cluster=h100", "--json")
     planned = json.loads(environment.run("megatron-rlhf", "plan", "--reshard-only", *words))
     assert planned["recv_bytes_max"] > 0
+    job = environment.run("megatron-rlhf", "submit", "sft", "experiment=quickstart", "--dry-run").splitlines()[-1]
+    assert Path(job.split()[2]).name == "job.sh" and Path(job.split()[2]).is_file()
     found: dict[str, Any] = json.loads(environment.run("python", ROOT / "tests/helpers/try_ops.py"))
     assert Path(found["file"]).parent == at
     assert found["kernels"] == kernels
@@ -136,11 +138,12 @@ def contents(wheel: Path) -> set[str]:
 
 
 def expected(*, built: bool) -> set[str]:
-    """What a wheel should hold: the package, its configs, what the build left, and nothing else."""
+    """What a wheel should hold: the package, its configs and SLURM scripts, what the build left, and nothing else."""
     package = {file.relative_to(ROOT).as_posix() for file in (ROOT / "megatron_rlhf").rglob("*.py")}
     configs = {f"megatron_rlhf/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
     left = {"megatron_rlhf/ops/kernels.json"} | ({"megatron_rlhf/ops/_kernels.so"} if built else set())
-    return package | configs | left
+    scripts = {f"megatron_rlhf/slurm/{file.name}" for file in (ROOT / "slurm").iterdir()}
+    return package | configs | scripts | left
 
 
 @pytest.mark.parametrize(("machine", "kind"), CASES)

@@ -27,7 +27,7 @@ def render(verb: str, words: Sequence[str], slurm: Slurm, place: Place, out: Pat
         *(f"#SBATCH {option}" for option in _header(verb, slurm, place, out)),
         *_before(slurm),
         *(f"export {name}={shlex.quote(value)}" for name, value in _exports(slurm, place)),
-        f"exec {command}",
+        f"exec bash {command}",
     ]
     return "\n".join(lines) + "\n"
 

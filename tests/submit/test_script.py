@@ -46,7 +46,7 @@ def test_it_asks_for_what_the_settings_say() -> None:
 
 def test_the_last_line_is_the_job_with_its_words() -> None:
     last = script(Slurm()).splitlines()[-1]
-    assert last == f"exec {directory()}/job.sh ppo out={HERE} experiment=quickstart 'layout.policy=tp2 pp2'"
+    assert last == f"exec bash {directory()}/job.sh ppo out={HERE} experiment=quickstart 'layout.policy=tp2 pp2'"
     assert f"export MRLHF_PYTHON={sys.executable}\n" in script(Slurm())
     assert "export MRLHF_ATTEMPTS=5\n" in script(Slurm(attempts=5))
 
@@ -97,7 +97,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
 def node(environment: dict[str, str]) -> list[str]:
     """What a rank says."""
     done = subprocess.run(
-        [str(directory() / "node.sh"), "ppo", "a=b c"], env=environment, capture_output=True, text=True
+        ["bash", str(directory() / "node.sh"), "ppo", "a=b c"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -134,4 +134,4 @@ def test_the_scripts_to_edit_ask_for_what_rendered_ones_do(name: str, verb: str)
         return {line for line in script.splitlines() if line.startswith("#SBATCH") and "--output" not in line}
 
     assert asked(text) == asked(rendered)
-    assert text.splitlines()[-1] == f'exec "${{MRLHF_SLURM:-$SLURM_SUBMIT_DIR/slurm}}/job.sh" {verb} "$@"'
+    assert text.splitlines()[-1] == f'exec bash "${{MRLHF_SLURM:-$SLURM_SUBMIT_DIR/slurm}}/job.sh" {verb} "$@"'
