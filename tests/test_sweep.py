@@ -78,24 +78,23 @@ def test_points_of_one_size_are_one_group_and_what_is_measured_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[int]]
 ) -> None:
     monkeypatch.setattr(multirun, "launchers", lambda: ["basic", "slurm"])
-    words = [f"scaling={','.join(f'laptop_strong/{name}' for name in ('4dp', '1', '2dp', '2tp'))}", "seed=1,2"]
+    words = [f"scaling={','.join(f'laptop_strong/{name}' for name in ('4dp', '1', '2dp', '2tp'))}"]
     cluster = ["hydra/launcher=slurm", "hydra.launcher.partition=main", "cluster.node=2"]
     command = ["ppo", "--multirun", *TINY, *words, *cluster, f"out={tmp_path}"]
     assert cli.main(command) == 1
     facts = json.loads((tmp_path / "sweep.json").read_text())
-    assert [group["points"] for group in facts["groups"]] == [[2, 3], [4, 5, 6, 7], [0, 1]]
+    assert [group["points"] for group in facts["groups"]] == [[1], [2, 3], [0]]
     assert [group["hydra"][:2] for group in facts["groups"]] == [
         [f"hydra.launcher.nodes={nodes}", f"hydra.launcher.tasks_per_node={tasks}"]
         for nodes, tasks in ((1, 1), (1, 2), (2, 2))
     ]
     assert facts["groups"][0]["hydra"][2:] == cluster[:2]
-    assert [point["name"] for point in facts["points"]][:3] == ["00_ranks4", "01_ranks4", "02_ranks1"]
-    for point in facts["points"][:3]:
+    assert [point["name"] for point in facts["points"]][:3] == ["00_ranks4", "01_ranks1", "02_ranks2"]
+    for point in facts["points"][:2]:
         (tmp_path / point["name"] / "measurement.json").write_text("{}")
     assert cli.main(command) == 1
-    assert started == [[0, 1, 2], [0, 1]]
-    other = [word.replace("seed=1,2", "seed=1,3") for word in command]
-    assert cli.main(other) == 2, "what was measured with seed 2 is not of seed 3"
+    assert started == [[0, 1, 2], [1]], "the group of two points, of which none is measured"
+    assert cli.main([*command, "seed=3"]) == 2, "what was measured with one seed is not of another"
     assert json.loads((tmp_path / "sweep.json").read_text()) == facts
     assert cli.main([*command, "cluster.node=3"]) == 2, "four ranks do not fill nodes of three"
 
