@@ -96,10 +96,10 @@ def overview(order: Order) -> str:
     config, where = order.config, order.place
     names = ("policy", "generate", "reference", "value", "reward", "pretrain")
     layouts = ", ".join(f"{name} {words}" for name, words in zip(names, astuple(config.layout), strict=True))
-    gpus = f" and {where.gpus} GPUs" if where.gpus else ", no GPUs"
+    gpus = f" and {where.gpus} GPUs a node" if where.gpus else " a node, no GPUs"
     lines = [
         f"{' -> '.join(order.verbs)} in {order.out}",
-        f"  {where.world} ranks on {where.nodes} nodes: {where.tasks} ranks{gpus} a node",
+        f"  {where.world} ranks on {where.nodes} nodes: {where.tasks} ranks{gpus}",
         f"  layouts: {layouts}",
         f"  walltime {config.slurm.time} a job; saved and queued again {config.slurm.signal} s before it ends",
     ]

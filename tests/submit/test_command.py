@@ -51,7 +51,7 @@ def test_a_job_is_shown_then_submitted(sbatch: Path, tmp_path: Path, capfd: pyte
     out = tmp_path / "run"
     assert submit(out, "ppo", "--yes", "ppo.clip=0.1") == 0
     said = capfd.readouterr().out
-    assert "4 ranks on 2 nodes: 2 ranks, no GPUs a node" in said and "policy tp2 pp2 dp1, generate tp2 pp1 dp2" in said
+    assert "4 ranks on 2 nodes: 2 ranks a node, no GPUs" in said and "policy tp2 pp2 dp1, generate tp2 pp1 dp2" in said
     assert "reshard tp2 pp2 dp1 -> tp2 pp1 dp2" in said
     assert f"job 41: ppo, log {out}/slurm/ppo-41.log" in said and "squeue --jobs 41" in said
     assert (sbatch / "asked").read_text() == f"--parsable {out}/slurm/ppo.sbatch\n"
