@@ -127,5 +127,6 @@ PARTS = [
     Part("wandb", _package("wandb", "wandb"), "observe.boards=wandb (extra wandb)"),
     Part("mlflow", _package("mlflow", "mlflow"), "observe.boards=mlflow (extra mlflow)"),
     Part("submitit", _package("hydra-submitit-launcher", "submitit"), "sweeps as SLURM jobs (extra slurm)", ">=1.2"),
-    Part("slurm", _program("srun"), "starting ranks with srun; torchrun works"),
+    Part("slurm", _program("sbatch"), "submit; torchrun starts ranks on several machines too"),
+    Part("numactl", _program("numactl"), "ranks of a SLURM job are not bound to their GPU's NUMA node"),
 ]

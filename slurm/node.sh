@@ -10,7 +10,7 @@
 set -euo pipefail
 
 # Until the program has its own handlers these signals would end it; the job sends them again.
-trap '' USR1 TERM
+trap '' USR1 USR2 TERM
 
 export RANK=$SLURM_PROCID WORLD_SIZE=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} LOCAL_RANK=$SLURM_LOCALID
 tasks=${SLURM_STEP_TASKS_PER_NODE:-}

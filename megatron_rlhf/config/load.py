@@ -184,11 +184,14 @@ def _settings(group: str, section: str, path: Path) -> list[tuple[str, str]]:
         raise BadInput(f"{path} is no YAML of settings: {_sentence(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} is no file of settings; write {section}={choices(group)[0]}, or a file's path")
-    found = {key: _word(value) for key, value in _flat(values, section).items()}
-    for key in found:
-        if key not in _leaves(Config):
+    leaves, found = _leaves(Config), _flat(values, section)
+    for key, value in found.items():
+        if key not in leaves:
             raise BadInput(f"{path}: {_unknown(key)}")
-    return list(found.items())
+        if leaves[key] is str and not isinstance(value, str):
+            # 24:00:00 is a number of seconds in YAML
+            raise BadInput(f"{path}: '{key}' is read as {value!r}, it must be text; write it in quotes")
+    return [(key, _word(value)) for key, value in found.items()]
 
 
 def _word(value: object) -> str:

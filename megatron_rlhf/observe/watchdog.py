@@ -17,14 +17,16 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhf.observe.log import CONSOLE, write_text
+from megatron_rlhf.observe.log import write_text
 from megatron_rlhf.observe.pulse import PULSE, Pulse
 
 HUNG = 76
@@ -111,10 +113,11 @@ class Watchdog:
             ranks[rank] = {**facts, "answers": now - seen.written < self.seconds / 4}
         before = {rank: _size(self._stack_file(rank)) for rank, facts in ranks.items() if not facts["over"]}
         try:
-            with self._alarm().open("x", encoding="utf-8") as file:
-                file.write(f"rank {self.rank}\n")
-        except OSError:
+            self._alarm().touch(exist_ok=False)
+        except FileExistsError:
             self._end()
+        except OSError:  # a full disk: then each rank that sees the hang says so
+            pass
         self._dump()
         self._wake(rank for rank, facts in ranks.items() if not facts["answers"] and not facts["over"])
         self._await(before)
@@ -122,7 +125,8 @@ class Watchdog:
         try:
             write_text(self.folder / "report.txt", text)
         finally:
-            CONSOLE.print(text, end="")
+            # straight to the file: the rank may hold the console's lock
+            os.write(sys.stderr.fileno(), text.encode())
             os._exit(HUNG)
 
     def _end(self) -> None:
@@ -149,8 +153,9 @@ class Watchdog:
             facts = self._seen[rank].facts
             # another machine's, or a number that another process has by now
             if facts.get("host") == self._own["host"] and facts["born"] == _born(facts["pid"]):
-                os.kill(facts["pid"], signal.SIGUSR2)
-                os.kill(facts["pid"], signal.SIGCONT)
+                with suppress(OSError):
+                    os.kill(facts["pid"], signal.SIGUSR2)
+                    os.kill(facts["pid"], signal.SIGCONT)
 
     def _write(self, *, over: bool = False) -> None:
         self._tick += 1

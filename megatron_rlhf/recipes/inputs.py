@@ -30,11 +30,12 @@ class Needs:
     writes: tuple[str, ...] = ()
 
 
-def check(verb: str, config: Config) -> None:
+def check(verb: str, config: Config, *, made: tuple[str, ...] = ()) -> None:
     """Raises BadInput for what `verb` will read and is missing, malformed, empty or of another vocabulary, and for a
     board that is not installed.
 
-    Nothing is looked at where its results stand already; `prepare` itself reads the source before it writes.
+    The weights of the stages in `made` will be there by then and are not looked at. Nothing is looked at where its
+    results stand already; `prepare` itself reads the source before it writes.
     """
     boards.check(config.observe)
     room = places.data(config)
@@ -51,7 +52,7 @@ def check(verb: str, config: Config) -> None:
         for path in (room / f"pretraining.{name}.bin", room / f"pretraining.{name}.idx"):
             if not path.is_file():
                 raise BadInput(f"{path} is missing; megatron-rlhf prepare writes it")
-    for stage in needs.weights:
+    for stage in (stage for stage in needs.weights if stage not in made):
         folder = places.weights(config, stage)
         found = manifest.manifest(folder)
         manifest.check(found, folder, vocabulary=config.model.vocabulary, head=stage == SCALAR)

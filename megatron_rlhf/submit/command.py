@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
@@ -19,14 +20,18 @@ from megatron_rlhf.submit.place import Place, place
 from megatron_rlhf.submit.script import render
 
 VERBS = ("quickstart", "pretrain", "sft", "rank", "reward", "ppo", "sample", "evaluate")
-PIPELINE = ("sft", "reward", "ppo")
-"""The verbs of `pipeline`, each after the one before has ended well."""
+PIPELINE: dict[str, tuple[str, ...]] = {"sft": (), "reward": ("sft",), "ppo": ("rl_start", "reward")}
+"""The verbs of `pipeline`, each after the one before has ended well, with the stages of those before that it reads."""
 FLAGS = ("--yes", "--dry-run")
 _SWITCHING = ("ppo", "quickstart")
 """Verbs whose policy switches between two layouts."""
 
-Ready = Callable[[str, Config], None]
-"""Raises BadInput for what a verb will read and is not there."""
+
+class Ready(Protocol):
+    """Looks at what a verb will read."""
+
+    def __call__(self, verb: str, config: Config, *, made: tuple[str, ...] = ()) -> None:
+        """Raises BadInput for what is not there and is not among the stages in `made`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,8 @@ def submit(names: Sequence[str], settings: Sequence[str], flags: Sequence[str], 
         return "\n".join(text for _, text in order.scripts())
     if shutil.which("sbatch") is None:
         raise BadInput("there is no sbatch on this machine's PATH; submit where SLURM is, or add --dry-run")
-    ready(order.verbs[0], order.config)
+    for verb in order.verbs:
+        ready(verb, order.config, made=PIPELINE[verb] if len(order.verbs) > 1 else ())
     sys.stdout.write(overview(order))
     sys.stdout.flush()
     if "--yes" not in flags and not _agreed():
@@ -71,7 +77,7 @@ def ordered(names: Sequence[str], settings: Sequence[str]) -> Order:
             f"submit takes one of {', '.join(VERBS)} or pipeline, not {given}; write for example "
             "submit ppo experiment=quickstart"
         )
-    verbs = PIPELINE if names[0] == "pipeline" else (names[0],)
+    verbs = tuple(PIPELINE) if names[0] == "pipeline" else (names[0],)
     config = load(verbs[-1], settings)
     world = needed(config.layout)
     for verb in verbs:

@@ -1,6 +1,6 @@
 """Proves what a process reads about its place from torchrun's variables, from srun's and from none.
 
-Not proved here: that a SLURM sets these variables so; SLURM itself does not run here.
+Not proved here: that a SLURM sets these variables so (tests/slurm).
 """
 
 from __future__ import annotations

@@ -66,7 +66,11 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/linux
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4096 Gres=gpu:2 State=UNKNOWN
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4096 Gres=gpu:2 State=UNKNOWN
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4 PreemptMode=OFF
+PartitionName=polite Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE PriorityTier=10
 """
 
 
@@ -263,16 +267,18 @@ def missing() -> list[str]:
 
 @contextmanager
 def cluster() -> Iterator[Slurm]:
-    """A cluster that is gone at the end, with everything that it ran."""
+    """A cluster that is gone at the end, with everything that it ran; at SIGTERM too, which is like Ctrl-C here."""
     # munge's socket wants a short path
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     folder.chmod(0o755)
     slurm = Slurm.__new__(Slurm)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         slurm.__init__(folder)  # type: ignore[misc]
         yield slurm
     finally:
         left = slurm.stop()
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(folder, ignore_errors=True)
     assert not left, f"these outlived their jobs: {left}"
 

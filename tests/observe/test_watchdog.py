@@ -6,12 +6,15 @@ The ranks are processes without torch that beat or wait. Not proved here: ranks 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,18 +25,25 @@ from megatron_rlhf.observe.watchdog import HUNG, report, start
 
 SECONDS = 2.0
 RANK = """
-import sys, threading, time
+import ctypes, sys, threading, time
 from pathlib import Path
 from megatron_rlhf.observe import pulse, watchdog
 rank, until, out = int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
+def holds_the_lock():
+    ctypes.PyDLL(None).sleep(40)
 pulse.at("ppo", 3)
 watchdog.start(out, rank, 3, "one", {seconds})
+while len(list((out / "watchdog").glob("rank_?.json"))) < 3:
+    pulse.beat()
+    time.sleep(0.01)
 began = time.monotonic()
 def waits_for_the_others():
     threading.Event().wait(20)
 while time.monotonic() - began < until:
     pulse.enter("generate")
     time.sleep(0.02)
+if until == 1.0:
+    holds_the_lock()
 if until < 5:
     waits_for_the_others()
 """
@@ -41,7 +51,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ranks(out: Path, *until: float) -> list[subprocess.Popen[str]]:
-    """Processes that beat for so many seconds each, then wait for good; from 5 seconds on they end."""
+    """Processes that beat for so many seconds each, then wait for good; from 5 seconds on they end, and after exactly
+    1 second one keeps Python's lock to itself."""
     program = RANK.format(seconds=SECONDS)
     words = [[sys.executable, "-c", program, str(rank), str(each), str(out)] for rank, each in enumerate(until)]
     return [subprocess.Popen(each, cwd=ROOT, stderr=subprocess.PIPE, text=True) for each in words]
@@ -84,6 +95,19 @@ def test_a_stopped_rank_is_named_and_leaves_its_stack_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_rank_that_keeps_pythons_lock_leaves_its_stack_too(tmp_path: Path) -> None:
+    """Its own watchdog cannot run until the others' signal has interrupted the call that keeps it."""
+    world = ranks(tmp_path, 1.5, 1.0, 1.5)
+    try:
+        said = "".join(each.communicate(timeout=30)[1] for each in (world[0], world[2]))
+        assert "rank 1 is behind" in said and "its process does not answer" in said
+        assert "holds_the_lock" in (tmp_path / "watchdog" / "rank_1.stacks.txt").read_text()
+    finally:
+        world[1].kill()
+        world[1].communicate()
+
+
+@pytest.mark.slow
 def test_slow_finished_and_suspended_ranks_are_left_alone(tmp_path: Path) -> None:
     """One rank works on while another waits longer than allowed; all are stopped together; one ends before the
     others."""
@@ -98,6 +122,54 @@ def test_slow_finished_and_suspended_ranks_are_left_alone(tmp_path: Path) -> Non
     # alone now, it waits for ranks that have ended: a hang
     assert world[0].wait(30) == HUNG
     assert world[0].stderr is not None and "rank 0:" in world[0].stderr.read()
+
+
+@dataclass
+class Clock:
+    """Hours that pass as the test says."""
+
+    now: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[watchdog.Watchdog, Clock, list[str]]]:
+    """A lone rank's watchdog that looks when it is told to, its clock, and what it would have done."""
+    clock, done = Clock(), []
+    found = watchdog.Watchdog(tmp_path, 0, 1, "one", 60.0)
+    found._over.set()
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(found, "_raise_alarm", lambda now: done.append("raised"))
+    monkeypatch.setattr(found, "_end", lambda: done.append("ended"))
+    found._moved = found._looked = clock.now
+    yield found, clock, done
+    faulthandler.unregister(signal.SIGUSR2)
+
+
+def test_the_time_that_a_process_was_suspended_is_no_silence(
+    looking: tuple[watchdog.Watchdog, Clock, list[str]],
+) -> None:
+    """From then on it counts anew, and a hang is still found."""
+    found, clock, done = looking
+    for seconds in (3.0, 3.0, 7200.0, *[3.0] * 19):
+        clock.now += seconds
+        found._look()
+    assert not done, "57 s since it was woken"
+    clock.now += 3.0
+    found._look()
+    assert done == ["raised"]
+
+
+def test_another_ranks_alarm_is_heard(looking: tuple[watchdog.Watchdog, Clock, list[str]]) -> None:
+    found, clock, done = looking
+    (found.folder / "alarm.other").touch()
+    found._look()
+    assert not done
+    (found.folder / "alarm.one").touch()
+    found._look()
+    assert done == ["ended"]
 
 
 def test_it_takes_no_file_of_another_launch_for_a_rank(tmp_path: Path) -> None:

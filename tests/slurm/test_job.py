@@ -52,7 +52,7 @@ class Played:
     """A job that plays one of PLAYS in a folder of its own."""
 
     def __init__(self, slurm: Slurm, folder: Path, play: str, *words: str) -> None:
-        """Submit it."""
+        """Submit it, with further words of sbatch."""
         self.slurm = slurm
         program = folder / "play"
         program.write_text(PLAY.format(python=sys.executable, play=PLAYS[play]))
@@ -61,9 +61,9 @@ class Played:
         script.write_text(
             "#!/usr/bin/env bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --requeue --open-mode=append\n"
             f"#SBATCH --output={folder}/log\nexport MRLHF_PYTHON={program}\n"
-            f"exec {ROOT}/slurm/job.sh ppo out={folder}/out {' '.join(words)}\n"
+            f"exec {ROOT}/slurm/job.sh ppo out={folder}/out\n"
         )
-        self.number = slurm.submit(str(script))
+        self.number = slurm.submit(*words, str(script))
         self.log = folder / "log"
 
     def said(self, times: int, text: str) -> bool:
@@ -110,6 +110,20 @@ def test_a_signal_reaches_ranks_that_were_still_coming_up(slurm: Slurm, tmp_path
     ended = slurm.wait(job.number, 60)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), slurm.said(ended)
     assert "after ppo/state/step_1" in job.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tmp_path: Path) -> None:
+    """A job of more priority takes its nodes; within the grace time every rank saves."""
+    job = Played(slurm, tmp_path, "obeying", "--partition=polite")
+    job.until(4, "listening")
+    urgent = slurm.submit("--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 2")
+    assert slurm.wait(urgent, 60).state == "COMPLETED"
+    assert (tmp_path / "out" / "ppo" / "state" / "step_1").exists()
+    slurm.wait(job.number, 60, lambda now: job.said(8, "listening"))
+    assert slurm.job(job.number).restarts == 1 and "after ppo/state/step_1" in job.log.read_text()
+    slurm.run("scancel", str(job.number))
+    slurm.wait(job.number, 30)
 
 
 def test_what_somebody_cancels_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
