@@ -81,25 +81,40 @@ def layer(model: Model, layout: Layout, run: Pass, recompute: str = "none", kern
     gpt style without recompute, in bf16: 2Sbh (4 + 12/t), under sequence parallelism 2Sbh 16/t; Korthikanti's 34Sbh
     counts two dropouts' masks of Sbh bytes besides.
     """
-    size, tp, llama = BYTES[model.precision], layout.tp, model.style == "llama"
+    size, tp = BYTES[model.precision], layout.tp
     positions = run.length * run.lines
     unit = positions * model.hidden * size
     loose = unit / tp if layout.sp else unit
     if recompute == "full":
         return loose
     norms = 4 * loose + 2 * _statistics(model, layout, positions)
-    if llama and not kernels.fused:
+    if gated(model) and not kernels.fused:
         norms += 2 * loose
     if run.dropout:
         norms += 2 * loose / (size if kernels.fused else 1)
-    shared = model.groups / model.heads
-    attention = (1 + 2 * shared) * unit / tp + unit / tp
-    if llama:
-        attention += (1 + shared) * unit / tp + 4 * run.length * (model.hidden // model.heads) * size
+    queries, keys = (positions * heads * head_width(model) / tp * size for heads in (model.heads, model.groups))
+    attention = 2 * queries + 2 * keys
+    if rotary(model):
+        attention += queries + keys + 4 * run.length * head_width(model) * size
     if recompute == "none":
         attention += 4 * positions * model.heads / tp
         attention += positions * run.length * (size + 1) if run.packed else 0
-    return norms + attention + (5 if llama else 2) * _wide(model, layout, positions)
+    return norms + attention + (5 if gated(model) else 2) * _wide(model, layout, positions)
+
+
+def gated(model: Model) -> bool:
+    """Whether there are RMSNorm and SwiGLU in place of LayerNorm and GELU."""
+    return model.style == "llama"
+
+
+def rotary(model: Model) -> bool:
+    """Whether heads turn by their positions, which makes queries and keys anew."""
+    return model.style != "gpt"
+
+
+def head_width(model: Model) -> int:
+    """Width of an attention head."""
+    return model.hidden // model.heads
 
 
 def published(model: Model, layout: Layout, run: Pass, recompute: str = "none") -> float:
@@ -161,7 +176,7 @@ def reading(
     model: Model, layout: Layout, stage: int, run: Pass, *, rows: int = 0, head_rows: int = 0, kernels: Kernels = GPU
 ) -> Part:
     """What stage `stage` takes at its fullest moment of a forward pass without backward."""
-    size, llama = BYTES[model.precision], model.style == "llama"
+    size = BYTES[model.precision]
     positions = run.length * run.lines
     unit = positions * model.hidden * size
     loose = unit / layout.tp if layout.sp else unit
@@ -170,7 +185,7 @@ def reading(
     standing = 4 + int(layout.pp > 1 or (layout.tp > 1 and not kernels.fused)) + int(layout.vp > 1)
     wide = _wide(model, layout, positions)
     summed = unit + (loose + (0 if kernels.fused else unit) if layout.sp else 0)
-    working = standing * loose + max((5 if llama else 2) * wide, wide + summed)
+    working = standing * loose + max((5 if gated(model) else 2) * wide, wide + summed)
     head = 0.0
     if stage == layout.pp - 1 and rows:
         words = min(run.words, head_rows or FORWARD_ROWS, FORWARD_ROWS)
@@ -182,8 +197,8 @@ def _backward(model: Model, layout: Layout, positions: int) -> float:
     """Beside what is kept, at the fullest moment of a feed-forward block's backward pass: the gradient of its output,
     and behind the second product those of its inner numbers and of the weight before it is added up, or behind the
     first one the same, when what the block kept is gone."""
-    size, llama = BYTES[model.precision], model.style == "llama"
-    gates, gone = (2, 5) if llama else (1, 2)
+    size = BYTES[model.precision]
+    gates, gone = (2, 5) if gated(model) else (1, 2)
     wide = _wide(model, layout, positions)
     weight = model.ffn_width * model.hidden / layout.tp * size
     return positions * model.hidden * size + max(wide + weight, (gates - gone) * wide + gates * weight)
@@ -210,4 +225,4 @@ def _wide(model: Model, layout: Layout, positions: int) -> float:
 def _statistics(model: Model, layout: Layout, positions: int) -> float:
     """A norm's mean and deviation, fp32, or an RMSNorm's deviation alone."""
     here = positions / layout.tp if layout.sp else positions
-    return (4 if model.style == "llama" else 8) * here
+    return (4 if gated(model) else 8) * here

@@ -24,8 +24,8 @@ GROUPS = 6
 """Groups of a layout that communicate: tp, pp, dp, tp x pp, tp x dp and all of it."""
 STEP = 4
 """Bytes a weight beside the state while torch's AdamW steps: the root of all second moments at once."""
-_PROOF = 3 * 8 * (4 << 20)
-"""Bytes in which weights are widened to 64 bits for their digest (reshard/proof.py)."""
+_PROOF = 4 << 20
+"""Weights that are widened to 64 bits together for their digest (reshard/proof.py)."""
 _SHARE, _STREAMS, _DRAW = 0.8, 8, 40
 """generate/room.py: share of the free memory that caches may take, hidden states that a layer holds in prefill, bytes
 a column of the vocabulary while a token is drawn."""
@@ -212,41 +212,46 @@ class Bytes:
         return BYTES[role.model.precision] * role.rows / role.layout.tp * (words + lent)
 
     def _generating(self, seat: Seat, kept: float) -> dict[str, float]:
-        """The caches of a replica's rows, and what a step of one group of them needs (generate/room.py)."""
-        role = self.roles["generate"]
-        if seat.stages["generate"] < 0:
+        """The caches of a replica's rows, and what one group of them needs while it reads its prompts or draws.
+
+        With `sampling.batch=0` there are as many rows as generate/room.py finds room for.
+        """
+        role, stage = self.roles["generate"], seat.stages["generate"]
+        if stage < 0:
             return {}
         config, layout = self.config, role.layout
         prompt, sampling = config.data.max_prompt_tokens, config.sampling
         cache = cache_bytes(role, prompt + sampling.max_tokens)
-        step = step_bytes(role, prompt)
         groups = sampling.groups or layout.pp
         rows = sampling.batch
         if not rows:
             free = capacity(config) - kept
-            rows = max(groups, int(_SHARE * free / (cache + step / groups)))
+            rows = max(groups, int(_SHARE * free / (cache + step_bytes(role, prompt) / groups)))
         rows = min(rows, -(-config.ppo.episodes // layout.dp))
-        groups = min(groups, rows)
-        return {"keys and values": rows * cache, "activations": -(-rows // groups) * step}
+        together = -(-rows // min(groups, rows))
+        read = activations.reading(role.model, layout, stage, Pass(1, together, prompt), kernels=self.kernels).total
+        copied = cache // (2 * (role.model.layers // layout.pp))
+        drawn = together * (role.model.vocabulary / layout.tp * _DRAW + copied)
+        return {"keys and values": rows * cache, "activations": max(read, drawn)}
 
     def _proof(self, seat: Seat) -> float:
         if self.config.reshard.proof != "always":
             return 0
         stage = seat.stages["policy"]
-        return min(_PROOF, 24 * self.roles["policy"].stages[stage].largest) if stage >= 0 else 0
+        return 8 * min(_PROOF, self.roles["policy"].stages[stage].largest) if stage >= 0 else 0
 
 
 def cache_bytes(role: Role, tokens: int) -> int:
     """A rank's bytes of keys and values of one sequence, as generate/room.py counts them."""
     model, layout = role.model, role.layout
-    width = model.groups // layout.tp * (model.hidden // model.heads)
+    width = model.groups // layout.tp * activations.head_width(model)
     return 2 * (model.layers // layout.pp) * tokens * width * BYTES[model.precision]
 
 
 def step_bytes(role: Role, prompt: int) -> int:
     """A rank's bytes beside the cache of one sequence in a step, as generate/room.py counts them."""
     model, layout = role.model, role.layout
-    gates = 3 if model.style == "llama" else 2
+    gates = 3 if activations.gated(model) else 2
     token = (_STREAMS * model.hidden + gates * model.ffn_width // layout.tp) * BYTES[model.precision]
     packed = cache_bytes(role, prompt) // (model.layers // layout.pp)
     return max(prompt * token, model.vocabulary // layout.tp * _DRAW) + packed

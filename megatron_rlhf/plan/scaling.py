@@ -16,6 +16,8 @@ from megatron_rlhf.plan.published import DEEPSPEED, RECOMPUTED, SCALED
 from megatron_rlhf.plan.search import MARGIN, Found, search, words
 
 GPUS = (128, 512, 1024)
+MOST = 3
+"""Layouts that are listed of each number."""
 DEMONSTRATIONS, PRETRAINING_TOKENS = 12_725, 300e9
 """Demonstrations of the paper (table 6) and tokens of GPT-3's pretraining (Brown et al. 2020)."""
 PAPER = {"pretraining": 3640.0, "sft": 4.9, "ppo": 60.0}
@@ -42,14 +44,14 @@ def page() -> str:
     config = load("plan", ["cluster=h100"])
     found = [searched(gpus) for gpus in GPUS]
     parts = [_head(config), _which(found), _phases(found), _memory(found)]
-    parts += [_formulas(config), _published(), _compute(config)]
+    parts += [formulas(config), published(), compute(config), _missing()]
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"
 
 
 @cache
 def searched(gpus: int) -> Found:
     """What a search for the paper's run on so many H100s finds."""
-    return search(load("plan", ["cluster=h100"]), gpus)
+    return search(load("plan", ["cluster=h100"]), gpus, most=MOST)
 
 
 def _head(config: Config) -> Iterator[str]:
@@ -150,7 +152,8 @@ def _memory(found: Sequence[Found]) -> Iterator[str]:
     yield from _table(["phase", *(f"{plan.world:,}" for plan in plans), "most of it, 1,024"], rows)
 
 
-def _formulas(config: Config) -> Iterator[str]:
+def formulas(config: Config) -> Iterator[str]:
+    """The rates and the numbered formulas."""
     cluster, factors = config.cluster, config.cluster.factors
     yield "## Formulas"
     yield ""
@@ -223,7 +226,8 @@ _PHASES = (
 )
 
 
-def _published() -> Iterator[str]:
+def published() -> Iterator[str]:
+    """What others measured, beside what is predicted."""
     cluster = load("plan", ["cluster=a100"]).cluster
     yield "## Against what others measured"
     yield ""
@@ -246,7 +250,8 @@ def _told(factors: Factors) -> str:
     return f"gemm {factors.gemm:g}, memory {factors.memory:g}, nvlink {factors.nvlink:g}, nic {factors.nic:g}"
 
 
-def _compute(config: Config) -> Iterator[str]:
+def compute(config: Config) -> Iterator[str]:
+    """The paper's compute, beside what it prints."""
     yield "## The paper's compute"
     yield ""
     yield "Petaflop/s-days: 2N a token forward, 6N forward and backward, N the parameters, every row a full context."
@@ -264,6 +269,18 @@ def _prose(text: str) -> Iterator[str]:
     """A paragraph in lines of 120, and an empty line."""
     yield from textwrap.wrap(text, 120, break_on_hyphens=False)
     yield ""
+
+
+def _missing() -> Iterator[str]:
+    yield "## What is not in it"
+    yield ""
+    yield from _prose(
+        "Rows shorter than the settings allow, packing and buckets; loading of data, tokens and statistics copied to "
+        "the host, sums over the world of a few numbers; the digest after a switch; evaluation, and saving at a "
+        "signal. Networks are rated by their cards: a fabric that is not free of blocking is slower, which "
+        "`cluster.nic` and `plan calibrate` can say. Attention in a packed or decoded row is taken for as fast as the "
+        "causal one."
+    )
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

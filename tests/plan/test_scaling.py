@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from megatron_rlhf.config.load import load
 from megatron_rlhf.plan import scaling
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
@@ -19,9 +22,23 @@ def rows(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_planner_writes() -> None:
     """Write it anew with `megatron-rlhf plan scaling > docs/scaling.md`."""
     assert scaling.page() == PAGE.read_text(encoding="utf-8")
+
+
+def test_the_largest_of_the_page_is_what_the_planner_finds() -> None:
+    """So is all that needs no search: rates, published runs, the paper's compute."""
+    page = PAGE.read_text(encoding="utf-8")
+    best, config = scaling.searched(1024).plans[0], load("plan", ["cluster=h100"])
+    assert [row[5] for row in rows(page, "Seconds, phase by phase")] == [
+        *(f"{phase.seconds.total:.2f}" for phase in best.phases),
+        f"{best.bill.seconds:.2f}",
+    ]
+    assert [row[3] for row in rows(page, "Memory, phase by phase")] == [f"{p.total / 1e9:.1f}" for p in best.memory]
+    for part in (scaling.formulas(config), scaling.published(), scaling.compute(config)):
+        assert "\n".join(part) in page
 
 
 def test_phases_add_up() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -22,13 +23,21 @@ from megatron_rlhf.plan.scaling import searched
 from megatron_rlhf.plan.search import MARGIN, _joined, _Search, search, words
 
 
-@pytest.mark.parametrize("gpus", [128, 1024])
+def test_it_is_quick() -> None:
+    """30 s on one core are allowed for 1,024 GPUs; 2 to 4 s of processor time are taken."""
+    searched.cache_clear()
+    begun = time.process_time()
+    searched(1024)
+    assert time.process_time() - begun < 30
+
+
+@pytest.mark.parametrize("gpus", [pytest.param(128, marks=pytest.mark.slow), 1024])
 def test_what_is_found_for_175b_and_6b_fits(gpus: int) -> None:
     """80 GB a GPU; each with another layout of the policy, the fastest first, as settings that a run takes."""
     found = searched(gpus)
     assert not found.on_host
-    assert len(found.plans) == 5
-    assert len({plan.config.layout.policy for plan in found.plans}) == 5
+    assert len(found.plans) == 3
+    assert len({plan.config.layout.policy for plan in found.plans}) == 3
     assert [plan.bill.seconds for plan in found.plans] == sorted(plan.bill.seconds for plan in found.plans)
     for plan in found.plans:
         check(plan.config, gpus, "ppo")
@@ -39,13 +48,14 @@ def test_what_is_found_for_175b_and_6b_fits(gpus: int) -> None:
         assert again.bill == plan.bill
 
 
-def test_it_beats_the_layout_files() -> None:
-    """Those were made by hand."""
-    for gpus in (128, 1024):
-        config = load("plan", [f"layout={gpus}gpu", "cluster=h100"])
-        assert searched(gpus).plans[0].bill.seconds < Plan.of(config, gpus).bill.seconds
+@pytest.mark.parametrize("gpus", [pytest.param(128, marks=pytest.mark.slow), 1024])
+def test_it_beats_the_layout_file(gpus: int) -> None:
+    """That was made by hand."""
+    config = load("plan", [f"layout={gpus}gpu", "cluster=h100"])
+    assert searched(gpus).plans[0].bill.seconds < Plan.of(config, gpus).bill.seconds
 
 
+@pytest.mark.slow
 def test_64_gpus_need_the_optimizer_on_the_host() -> None:
     """And why tp8 pp8 dp1 without it does not do: the optimizer alone takes half of what there is."""
     found = searched(64)
@@ -78,11 +88,26 @@ def test_nothing_faster_was_left_out(gpus: int, gigabytes: int) -> None:
     assert number > 80, "the memory is so large that there is nothing to search"
 
 
-def test_it_is_quick() -> None:
-    """30 s on one core are allowed for 1,024 GPUs; 2 to 4 s of processor time are taken."""
-    begun = time.process_time()
-    search(load("plan", ["cluster=h100"]), 1024, most=1)
-    assert time.process_time() - begun < 30
+def test_what_is_remembered_of_bytes_is_true() -> None:
+    """Of settings looked at one after the other, those two phases that a search looks at, as a plan has them."""
+    config = load("plan", ["layout=8gpu", "model=gpt_1b3", "model@reward_model=gpt_1b3"])
+    run = _Search(config, 8)
+    run.limit = math.inf
+    for word in ("compute.micro_batch=8", "compute.micro_batch=1", "compute.recompute=full", "sampling.batch=64"):
+        at = load("plan", ["layout=8gpu", "model=gpt_1b3", "model@reward_model=gpt_1b3", word])
+        two = [phase.total for phase in memory.phases(at, 8) if phase.name in ("train policy", "generate")]
+        assert run._bytes(at) == max(two), word
+
+
+def test_weights_in_place_of_the_policys_need_no_room() -> None:
+    """Where nothing else fits beside the policy, it may still generate as it lies."""
+    run = _Search(load("plan", ["model=gpt_1b3", "model@reward_model=gpt_1b3"]), 8)
+    train = next(choice.config for choice in run.training if choice.config.layout.policy == "tp2 pp1 dp4 sp")
+    slow = replace(train, compute=replace(train.compute, micro_batch=1, recompute="full"))
+    run.limit = run._floor(slow) + 1e6
+    layouts = {generate.config.layout.generate for _, generate, _ in run._pairs(train)}
+    assert "tp2 pp1 dp4" in layouts
+    assert "tp1 pp1 dp8" not in layouts
 
 
 def test_a_model_that_fits_nowhere() -> None:

@@ -118,9 +118,12 @@ def test_adam_reads_and_writes_what_it_must() -> None:
 
 
 def test_replicas_reduce_in_fp32_and_gather_in_bf16() -> None:
+    """And each steps on its share alone."""
     layout = Layout(1, 1, 8)
     found = pipeline.update(stage(layout), Adam())
-    assert found.nvlink == pytest.approx(7 / 8 * 6 * pipeline.heaviest(SMALL, layout) / 450e9)
+    held = pipeline.heaviest(SMALL, layout)
+    assert found.nvlink == pytest.approx(7 / 8 * 6 * held / 450e9)
+    assert found.memory == pytest.approx((8 + 30 / 8) * held / 3.35e12)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, 1), Layout(4, 2, 1, vp=2), Layout(1, 4, 2)])
@@ -155,6 +158,7 @@ def test_rows_are_cut_as_in_training(rows: int, micro: int, layout: Layout, each
         (3, 1, 32, 0, 4, Turns(3, 1, 3)),
         (10, 1, 2, 0, 4, Turns(10, 1, 2)),
         (512, 64, 8, 1, 1, Turns(1, 8, 1)),
+        (512, 32, 32, 2, 4, Turns(2, 8, 2)),
     ],
 )
 def test_sequences_take_turns_as_in_generation(
@@ -188,6 +192,7 @@ def test_an_iteration_is_its_phases() -> None:
         *("train value", "update value", "train policy", "train pretraining mix", "update policy"),
     ]
     assert all(phase.seconds.total > 0 for phase in phases)
+    assert {phase.times for phase in phases if phase.name.startswith(("train", "update"))} == {8}
     bill = Bill.of(phases, config, 1024, 512 * 2048)
     assert bill.seconds == pytest.approx(math.fsum(phase.seconds.total for phase in phases))
     assert bill.gpu_hours == pytest.approx(bill.seconds * 1024 / 3600)
