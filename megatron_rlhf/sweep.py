@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import FrameType
 from typing import Any
 
 from megatron_rlhf import __version__, launch
@@ -33,7 +35,7 @@ _SPEEDS = ("cluster.flops", "cluster.bandwidth")
 
 
 def run(verb: str, words: Sequence[str]) -> int:
-    """0 when every point is measured, 1 when some failed, which are named.
+    """0 when every point is measured, 1 when some failed, which are named, 75 when a signal stopped it before the end.
 
     Every point's settings are checked, and its plan is written, before the first is started. Raises BadInput.
     """
@@ -65,8 +67,9 @@ def run(verb: str, words: Sequence[str]) -> int:
         write_json(
             folder / point["name"] / PLAN, plan.point(config, world, verb, foreseen=_names_machines(point["words"]))
         )
-    _start(folder, [group for group in range(len(groups)) if not _measured(folder, facts, group)], launcher)
-    return _told(folder, facts)
+    stopped = _start(folder, [group for group in range(len(groups)) if not _measured(folder, facts, group)], launcher)
+    failed = _told(folder, facts)
+    return launch.STOPPED if failed and stopped else failed
 
 
 def group(folder: str, number: int) -> None:
@@ -91,6 +94,8 @@ def point(folder: str, number: int) -> int:
         code = subprocess.run([sys.executable, "-m", "megatron_rlhf", *words], check=False).returncode
     else:
         code = launch.run(mine["world"], words)
+        if code == launch.STOPPED:  # a signal that stops a point stops those after it
+            raise SystemExit(code)
     if env.rank() == 0 and code == 0:
         write_json(out / MEASUREMENT, measured(out, mine))
     return code
@@ -204,17 +209,35 @@ def _measured(folder: Path, facts: Mapping[str, Any], group: int) -> bool:
     return all((folder / facts["points"][place]["name"] / MEASUREMENT).exists() for place in places)
 
 
-def _start(folder: Path, groups: Sequence[int], launcher: str) -> None:
-    """The groups as processes: all at once where a scheduler has them wait, else one after the other."""
+def _start(folder: Path, groups: Sequence[int], launcher: str) -> bool:
+    """Runs the groups as processes: all at once where a scheduler has them wait, else one after the other.
+
+    Whether a signal stopped them; it is passed on, and reaches the ranks of a point that runs here.
+    """
     code = "import sys; from megatron_rlhf import sweep; sweep.group(sys.argv[1], int(sys.argv[2]))"
     commands = [[sys.executable, "-c", code, str(folder), str(number)] for number in groups]
-    if launcher not in _SLURM:
+    running: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
         for command in commands:
-            subprocess.run(command, check=False)
-        return
-    running = [subprocess.Popen(command) for command in commands]
-    for process in running:
-        process.wait()
+            if not received:
+                running.append(subprocess.Popen(command))
+            if launcher not in _SLURM:
+                running[-1].wait()
+        for process in running:
+            process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return bool(received)
 
 
 def _told(folder: Path, facts: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,24 @@ def test_a_plan_foresees_what_runs_on_machines_that_were_named(
         assert plan["memory_bytes"]["generate"] > 0
     assert plan["layouts"]["policy"] == plan["settings"]["layout.policy"] == "tp2 pp1 dp1"
     assert plan["settings"]["ppo.episodes"] == 32 and "out" not in plan["settings"]
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_point_that_runs_and_those_after_it(tmp_path: Path) -> None:
+    data_room.write(tmp_path / "data")
+    out = tmp_path / "sweep"
+    command = [sys.executable, "-m", "megatron_rlhf", "ppo", "--multirun", *TINY, "scaling=laptop_strong/1", "seed=1,2"]
+    command += ["ppo.iterations=2000", f"data.directory={tmp_path / 'data'}", f"out={out}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+        deadline = time.monotonic() + 120
+        while not (out / "00_ranks1" / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        running.terminate()
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode == 75, said
+    assert "stopped by a signal" in said and "0 of 2 points are measured" in said
+    assert list((out / "00_ranks1" / "ppo" / "state").glob("step_*/manifest.json"))
+    assert not (out / "01_ranks1" / "log.jsonl").exists()
 
 
 @pytest.mark.slow
