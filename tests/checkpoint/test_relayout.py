@@ -4,7 +4,7 @@ A chain goes from layout to layout; after each change three steps are those of t
 split and joined again over tensor and pipeline parallelism, virtual stages, replicas, fewer ranks and other paddings of
 the vocabulary; tied and replicated tensors are saved once and come back everywhere.
 
-Not proved here: dropout, whose masks depend on the layout; a world of another size (a launch of its own).
+Not proved here: dropout, whose masks depend on the layout; a world of another size (test_world).
 """
 
 from __future__ import annotations
