@@ -17,7 +17,7 @@ import pytest
 from megatron_rlhf import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = '''
+PROGRAM = """
 import os, pathlib, signal, sys, time
 rank, case, folder = int(os.environ["RANK"]), sys.argv[1], pathlib.Path(sys.argv[2])
 
@@ -47,7 +47,7 @@ elif case == "wait":
         signal.signal(number, saved)
     (folder / f"pid{rank}").write_text(str(os.getpid()))
     time.sleep(60)
-'''
+"""
 
 
 @pytest.fixture

@@ -64,9 +64,7 @@ def test_an_exact_kl_replaces_the_estimates() -> None:
     scores, logprobs, reference, mask = episodes(3)
     exact = torch.rand(mask.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     for drawn in (logprobs, 2 * logprobs):
-        shaped = rewards.shape(
-            scores, drawn, reference, mask, kl_coef=0.3, estimator="exact", exact_kl_BR=exact / mask
-        )
+        shaped = rewards.shape(scores, drawn, reference, mask, kl_coef=0.3, estimator="exact", exact_kl_BR=exact / mask)
         expected = scores * (mask.sum(1) > 0) - 0.3 * (exact * mask).sum(1)
         torch.testing.assert_close(shaped.sum(1), expected)
         assert not shaped[mask == 0].any()

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rlhf.batch import Rows
+from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Adam, Compute, Learning, Model
 from megatron_rlhf.models import roles
 from megatron_rlhf.observe.stats import Stats
@@ -178,3 +180,31 @@ def _batch(case: Case) -> Rows:
 
 def _squares(values_BR: Tensor, part: Rows, whole: Rows) -> tuple[Tensor, Stats]:
     return values_BR.square().sum() / whole.response_lengths_B.sum(), Stats()
+
+
+def of_layer(case: Case) -> tuple[float, float]:
+    """Bytes that one more layer keeps of a forward pass for its backward pass, and as the plan has them; the layout has
+    one stage. Collective: world."""
+    kept = [_kept(replace(case, model=replace(case.model, layers=layers))) for layers in (2, 4)]
+    layout = Layout.parse(case.layout, dist.get_world_size())
+    run = Pass(1, case.micro_batch, PROMPT + RESPONSE, dropout=case.dropout)
+    return (kept[1] - kept[0]) / 2, activations.layer(case.model, layout, run, case.recompute, CPU)
+
+
+def _kept(case: Case) -> int:
+    """Bytes of the storages that a forward pass saves, parameters left out. Collective: world."""
+    network = tiny.network(case.layout, case.model, rows=ROWS, recompute=case.recompute, dropout=case.dropout)
+    (stage,) = network.chunks
+    parameters = storages(network.parameters.values())
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    tokens_cS = _batch(case).tokens_BT[: case.micro_batch]
+    positions_cS = torch.arange(tokens_cS.shape[1]).expand_as(tokens_cS)
+    stage.train()
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        stage(tokens_cS, positions_cS, attention_mask=None)
+    return sum(size for place, size in storages(saved).items() if place not in parameters)

@@ -1,5 +1,6 @@
 """Proves the bytes of a plan against live tensors, on every rank of 4: a role that learns, over models, layouts,
-recompute choices and micro-batches. Weights, gradients, average and the buffer of sequence parallelism are exact.
+recompute choices and micro-batches. Weights, gradients, average, the buffer of sequence parallelism and what a layer
+keeps are exact.
 
 A hook on every operation counts the storages alive. Not proved here: what a GPU's allocator adds, which is the plan's
 stated allowance, and Transformer Engine's layers (plan/activations.py says why they keep the same).
@@ -15,7 +16,7 @@ from megatron_rlhf.plan import memory
 from megatron_rlhf.plan.activations import CPU
 from tests.helpers import grid, measured_memory, measured_run
 from tests.helpers.grid import on_grid
-from tests.helpers.measured_memory import CASES, QUICK, Case
+from tests.helpers.measured_memory import CASES, GPT, LLAMA, QUICK, Case
 
 EXACT = ("weights", "gradients", "average", "gather buffer")
 WHOLE = ("weights", "gradients", "average", "optimizer", "gather buffer")
@@ -35,6 +36,17 @@ def holds(case: Case) -> None:
         assert ours == pytest.approx(theirs, rel=within), f"{case}, all of {moment}"
     # gloo's threads hold what they sum a little longer or shorter
     assert planned["reading"] == pytest.approx(measured["reading"], rel=0.25), case
+
+
+@on_grid(1)
+def test_a_layer_keeps_what_is_planned_to_the_byte() -> None:
+    """Of both styles with every recompute choice and with dropout; a checkpoint keeps four bytes that name its mask."""
+    for layout in ("tp1",):
+        for model in (GPT, LLAMA):
+            for recompute, dropout in (("none", 0.0), ("selective", 0.0), ("full", 0.0), ("none", 0.1)):
+                case = Case(layout, model, recompute, dropout=dropout)
+                measured, planned = measured_memory.of_layer(case)
+                assert measured - planned == (4 if recompute == "selective" else 0), case
 
 
 @on_grid(4)
