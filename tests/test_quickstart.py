@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 
+from tools.resume.record import CHANGING
+
 SMALL = [
     *("model.layers=2", "model.hidden=64", "reward_model.layers=2", "reward_model.hidden=64"),
     *("pretrain.steps=50", "pretrain.learning.warmup=5", "sft.examples=256", "rl_start.examples=256"),
@@ -28,7 +30,6 @@ SMALL = [
     *("ppo.iterations=4", "ppo.episodes=16", "ppo.minibatches=4", "ppo.policy.warmup=2", "evaluate.prompts=24"),
     "compute.deterministic=true",
 ]
-CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"}
 
 
 def command(verb: str, out: Path, *words: str) -> list[str]:

@@ -32,6 +32,7 @@ from megatron_rlhf.recipes.flight import Flight
 from megatron_rlhf.recipes.session import STOPPED, Session
 from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
+from tools.resume.record import CHANGING
 
 ITERATIONS = 2
 PHASES = ["generate", "score", "annotate", "credit", *(f"update{number}" for number in (1, 2, 3, 4)), ""]
@@ -43,8 +44,6 @@ SETTINGS = [
     *("ppo.kl.adaptive=true", "ppo.policy.rate=1e-2", "ppo.value.rate=1e-2"),
     *("checkpoint.phases=true", "checkpoint.asynchronous=false"),
 ]
-SLOWEST = {"slowest.rank", "slowest.ratio", "slowest.phase"}
-CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes"} | SLOWEST
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]
 
 
