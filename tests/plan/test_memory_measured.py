@@ -38,10 +38,10 @@ def holds(case: Case) -> None:
     assert planned["reading"] == pytest.approx(measured["reading"], rel=0.25), case
 
 
-@on_grid(1)
+@on_grid(4)
 def test_a_layer_keeps_what_is_planned_to_the_byte() -> None:
     """Of both styles with every recompute choice and with dropout; a checkpoint keeps four bytes that name its mask."""
-    for layout in ("tp1",):
+    for layout in ("tp2 dp2", "tp4 sp"):
         for model in (GPT, LLAMA):
             for recompute, dropout in (("none", 0.0), ("selective", 0.0), ("full", 0.0), ("none", 0.1)):
                 case = Case(layout, model, recompute, dropout=dropout)
