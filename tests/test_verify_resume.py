@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.resume import points, record  # noqa: E402
+from megatron_rlhf.checkpoint import states  # noqa: E402
+from tools.resume import chain, points, record  # noqa: E402
 from tools.resume.process import Event  # noqa: E402
 
 
@@ -43,6 +44,27 @@ def test_killed_runs_end_as_the_undisturbed_one(folder: Path, tmp_path: Path) ->
     assert all(kill["resumed_from"] and not kill["difference"] for kill in report["kills"])
     left = [each for each in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(each.info["cmdline"] or ())]
     assert not left
+
+
+@pytest.mark.slow
+def test_a_state_that_is_written_beside_the_run_may_be_cut_short(folder: Path, tmp_path: Path) -> None:
+    """Killed while ranks write: the state before stands, the next launch takes it, and the end is the undisturbed's."""
+    words = (
+        "--background",
+        "--kills",
+        "3",
+        "--stages",
+        "ppo",
+        "--out",
+        str(folder),
+        "--json",
+        str(tmp_path / "r.json"),
+    )
+    done = verify(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills = json.loads((tmp_path / "r.json").read_text())["kills"]
+    assert len(kills) == 3 and all("beside the run" in kill["saves"] for kill in kills)
+    assert any("cutting short ppo step_" in kill["where"] for kill in kills), kills
 
 
 @pytest.mark.slow
@@ -85,6 +107,26 @@ def test_every_stage_and_phase_is_killed_once_in_its_order() -> None:
     assert [event.text for event in points.of(EVENTS, ["sft"])] == [event.text for event in EVENTS[:4]]
     (moment,) = points.moments(points.of(EVENTS, ["ppo"]), 1, random.Random(1))
     assert moment.event == "begins generation" and moment.count in (1, 2) and 0 <= moment.delay <= 0.1
+
+
+def test_the_newest_whole_state_is_what_the_next_launch_must_take(tmp_path: Path) -> None:
+    """Of the first stage that is not done; what was cut short is named and does not count."""
+    verb = chain.VERBS["sft"]
+    assert (record.newest(verb, tmp_path), record.unfinished(verb, tmp_path)) == ("anew sft", "")
+    for stage, name in (("sft", "step_1"), ("rl_start", "step_2"), ("rl_start", "step_2.generate")):
+        folder = tmp_path / stage / "state"
+        known = {"step": 2, "phase": "", "serial": len(name), "files": {}, "roles": {}, "settings": {}, "layout": {}}
+        states.begin(folder, name)
+        states.commit(folder, name, known)
+    assert record.newest(verb, tmp_path) == "sft 1"
+    (tmp_path / "sft" / "weights").mkdir()
+    (tmp_path / "rl_start" / "state" / "step_3.partial").mkdir()
+    assert record.newest(verb, tmp_path) == "rl_start 2.generate"
+    assert record.unfinished(verb, tmp_path) == ", cutting short rl_start step_3.partial"
+    (tmp_path / "rl_start" / "weights").mkdir()
+    assert record.newest(verb, tmp_path) == "nothing yet"
+    moments = points.writing(3, random.Random(1))
+    assert {moment.event for moment in moments} == {"begins writing"} and all(m.delay <= 0.05 for m in moments)
 
 
 def written(out: Path, *, kl: float = 0.5, tensor: bytes = b"abc", seconds: float = 1.0) -> Path:

@@ -1,6 +1,7 @@
 """Kills SFT, reward and PPO-ptx runs with SIGKILL, resumes them and compares them with the run that nobody killed.
 
     python tools/verify_resume.py [--kills 20] [--out DIR] [--stages sft,reward,ppo] [--seed N] [--json FILE]
+    python tools/verify_resume.py --background [--kills 20] ...
     python tools/verify_resume.py --fault rng|cursor|average|shared-step
 
 A quickstart whose stages take seconds (4 gloo ranks, roles under tp2 pp2, generation under tp2 dp2) runs once
@@ -14,7 +15,8 @@ run's, but for what tells of the machine (tools/resume/record.py), and so must t
 One line a kill: where it was, what the next launch went on from, and whether all was equal. Exit code 0 when all are
 equal, 1 when one is not, 2 for bad input. With --out the undisturbed run is kept for the next time. --fault plants what
 a careless resume would forget behind one kill in the middle of a stage; the exit code is then 1, or the verifier is no
-good.
+good. --background kills only while a state is written beside the run, and holds the next launch to the newest state
+that the kill left whole.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class Task:
     verb: Verb
     points: tuple[Point, ...]
     saves: str = "every phase"
+    held: bool = False
+    """Whether a launch must go on from the newest state that is whole on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,9 @@ def _tasks(asked: argparse.Namespace, stages: Sequence[str], reference: Referenc
     if asked.fault:
         yield Task(verbs[0], (points.middle(points.of(reference.events, stages)),))
         return
+    if asked.background:
+        yield from _beside(asked.kills, verbs, chance)
+        return
     found = points.of(reference.events, [stage for verb in verbs for stage in verb.stages])
     chosen = points.boundaries(found, -(-asked.kills // 2), chance)
     for verb in verbs:
@@ -123,6 +130,15 @@ def _tasks(asked: argparse.Namespace, stages: Sequence[str], reference: Referenc
         for number, start in enumerate(range(0, len(moments), TOGETHER)):
             saves = tuple(chain.SAVES)[1 + number % 2]
             yield Task(verb, tuple(moments[start : start + TOGETHER]), saves)
+
+
+def _beside(kills: int, verbs: Sequence[Verb], chance: random.Random) -> Iterator[Task]:
+    """Runs that are killed while states are written beside them, the verbs in turn."""
+    for place, verb in enumerate(verbs):
+        left = points.writing(len(range(place, kills, len(verbs))), chance)
+        for number, start in enumerate(range(0, len(left), TOGETHER)):
+            saves = tuple(chain.SAVES)[1 + number % 2]
+            yield Task(verb, tuple(left[start : start + TOGETHER]), saves, held=True)
 
 
 def _run(task: Task, reference: Reference, folder: Path, seed: int, fault: str) -> Iterator[Kill]:
@@ -140,17 +156,22 @@ def _life(task: Task, left: list[Point], reference: Reference, out: Path, seed: 
     chain.prepared(task.verb, reference.out, out)
     words = chain.words(task.verb.name, out, seed, task.saves)
     killed_at: Point | None = None
+    cut_short, newest = "", ""
     while True:
         point = left[0] if left else None
         ended = process.launch(words, fault, out.parent, point)
         if killed_at is not None:
             difference = _difference(task.verb, out, reference, ended)
-            yield Kill(task.verb.name, str(killed_at), task.saves, ended.taken_up, difference)
+            if task.held and ended.taken_up.partition(", ")[0] != newest:
+                difference = difference or f"it went on from {ended.taken_up}, whole was {newest}"
+            yield Kill(task.verb.name, f"{killed_at}{cut_short}", task.saves, ended.taken_up, difference)
         elif not ended.killed:
             raise RuntimeError(f"{task.verb.name} ended with {ended.code} before '{point}':\n{ended.said}")
         if not ended.killed:
             return
         killed_at = left.pop(0)
+        if task.held:
+            cut_short, newest = record.unfinished(task.verb, out), record.newest(task.verb, out)
 
 
 def _difference(verb: Verb, out: Path, reference: Reference, ended: Ended) -> str:
@@ -181,6 +202,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(chain.VERBS), help="the verbs that are killed")
     parser.add_argument("--seed", type=int, default=1, help="of the runs and of where they are killed")
     parser.add_argument("--json", type=Path, help="a file for the report")
+    parser.add_argument("--background", action="store_true", help="kill while states are written beside the run")
     parser.add_argument("--fault", choices=chain.FAULTS, help="plant a fault that must be seen")
     return parser.parse_args()
 

@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 from megatron_rlhf import cli, launch
 from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.checkpoint.resume import Saved
+from megatron_rlhf.checkpoint.snapshot import Snapshot
 from megatron_rlhf.config import env
 from megatron_rlhf.recipes import ppo
 from megatron_rlhf.recipes.session import Session
 from megatron_rlhf.reshard.switch import Bridge
 from megatron_rlhf.train.engine import Engine
+from tools.resume import points
 from tools.resume.faults import PLANT
 from tools.resume.process import SOUND
 
@@ -56,6 +58,7 @@ def observe(tell: Tell) -> None:
         *((ppo, "sample", "generation"), (Bridge, "load", "reshard"), (ppo, "score", "scoring")),
         *((ppo, "annotate", "annotation"), (Engine, "accumulate", "backward"), (Engine, "update", "update")),
         *((Session, "saved", "taking up"), (Session, "save", "saving"), (weights, "save", "publishing")),
+        (Snapshot, "write", points.WRITING),
     ):
         _around(owner, name, place, tell)
     _after(Session, "save", lambda result, run, stage, step, *rest: tell(f"saved {_state(stage, step, *rest[2:3])}"))

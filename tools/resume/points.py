@@ -11,6 +11,8 @@ from tools.resume.process import Event, Point
 PLACES = (
     *("generation", "saving", "backward", "reshard", "update", "taking up", "annotation", "publishing", "scoring"),
 )
+WRITING = "writing"
+"""The place in which a rank's files are written, beside the run where states are saved so."""
 MOST = 3
 """The latest time that a launch comes to a place at which it may be killed."""
 LEAST = 0.05
@@ -54,6 +56,13 @@ def moments(events: Sequence[Event], number: int, chance: random.Random) -> list
     lasting = {place: list(_seconds(events, place)) for place in PLACES}
     turns = [place for place in PLACES if lasting[place]]
     return [_moment(turns[turn % len(turns)], lasting, chance) for turn in range(number)]
+
+
+def writing(number: int, chance: random.Random) -> list[Point]:
+    """`number` moments soon after rank 0 began to write a state, before the run has taken it in."""
+    return [
+        Point(f"begins {WRITING}", chance.randint(1, MOST), round(chance.uniform(0, LEAST), 4)) for _ in range(number)
+    ]
 
 
 def _moment(place: str, lasting: dict[str, list[float]], chance: random.Random) -> Point:

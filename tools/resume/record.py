@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlhf.checkpoint import states
+from tools.resume.chain import Verb
+
 SLOWEST = {"slowest.rank", "slowest.ratio", "slowest.phase"}
 CHANGING = {"time", "seconds_by_phase", "reshard.seconds", "tokens_per_second", "memory_bytes", "seal"} | SLOWEST
 """What a row and a manifest say of the machine and not of the run, and the digest of a manifest with that in it."""
@@ -64,6 +67,19 @@ def end_difference(out: Path, expected: Path, stages: Sequence[str]) -> str:
         if here.get(name) != there.get(name):
             return f"sha256 of {name} is {here.get(name, 'none')[:12]}, undisturbed {there.get(name, 'none')[:12]}"
     return ""
+
+
+def unfinished(verb: Verb, out: Path) -> str:
+    """In words, the states whose writing a kill cut short; "" for none."""
+    found = [f"{stage} {name}" for stage in verb.stages for name in states.unfinished(out / stage / "state")]
+    return f", cutting short {', '.join(found)}" if found else ""
+
+
+def newest(verb: Verb, out: Path) -> str:
+    """What the next launch must go on from: the newest whole state of the first stage without weights, or its start."""
+    stage = next((stage for stage in verb.stages if not (out / stage / "weights").exists()), "")
+    whole = [state.name for state in states.listed(out / stage / "state") if not state.fault] if stage else []
+    return f"{stage} {whole[0].removeprefix('step_')}" if whole else f"anew {stage}" if stage else "nothing yet"
 
 
 def _lasting(value: Any) -> Any:
