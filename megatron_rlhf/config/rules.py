@@ -32,7 +32,6 @@ def _line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-
 _MODELS = ("model", "reward_model")
 _SIZES = ("layers", "hidden", "heads", "vocabulary", "context")
 _LEARNINGS = ("pretrain.learning", "sft.learning", "rl_start.learning", "reward.learning", "ppo.policy", "ppo.value")

@@ -115,9 +115,10 @@ def step(run: Run) -> Stats:
     sampling, end = run.session.config.sampling, run.tokenizer.end
     if (rollout := flight.rollout) is None:
         prompts = run.prompts.take(ppo.episodes)
-        with clock("generate"), generating(
-            run.bridge, end=end, rows=sampling.batch, groups=sampling.groups
-        ) as generator:
+        with (
+            clock("generate"),
+            generating(run.bridge, end=end, rows=sampling.batch, groups=sampling.groups) as generator,
+        ):
             rollout = sample(generator, prompts, sampling, seed=seed, iteration=run.iteration)
         reached(run, "generate", rollout=rollout)
     if (scored := flight.scored) is None:

@@ -265,4 +265,3 @@ def _multiple(config: Config) -> int:
     world = collectives.world_size()
     degrees = [Layout.parse(words, world).tp for words in astuple(config.layout)]
     return math.lcm(*degrees, 128 if torch.cuda.is_available() else 1)
-

@@ -197,9 +197,7 @@ class Optimizer:
                 name, main = names[parameter], adam.param_groups[group]["params"][place]
                 split, owner = directory[name].split, grid.layout.coordinate(directory[name].owners[0])
                 tp_rank = 0 if split.dim is None else grid.tp_rank
-                where = Range(
-                    name, split, grid.layout.tp, tp_rank, tuple(parameter.shape), span.start, span.end
-                )
+                where = Range(name, split, grid.layout.tp, tp_rank, tuple(parameter.shape), span.start, span.end)
                 ours = owner is not None and owner[1] == grid.pp_rank and tp_rank == grid.tp_rank
                 found.append(Shard(where, main, adam, adam.param_groups[group], average.get(id(main)), ours))
         return found

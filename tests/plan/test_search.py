@@ -128,9 +128,7 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "search", *small]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("8 GPUs: the fastest that fit of ")
-    assert lines[2].split() == [
-        *("s/iteration", "MFU", "GB", "policy", "|", "generate", "|", "value", "and", "reward")
-    ]
+    assert lines[2].split() == [*("s/iteration", "MFU", "GB", "policy", "|", "generate", "|", "value", "and", "reward")]
     assert cli.main(["plan", "search", "--json", *small]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layouts"][0]["bill"]["seconds"] > 0

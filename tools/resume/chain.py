@@ -84,4 +84,3 @@ def prepared(verb: Verb, source: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     for name in verb.reads:
         shutil.copytree(source / name, out / name)
-
