@@ -59,6 +59,22 @@ def test_a_job_is_shown_then_submitted(sbatch: Path, tmp_path: Path, capfd: pyte
     assert script.endswith(f"job.sh ppo out={out} experiment=quickstart ppo.clip=0.1\n")
 
 
+def test_a_run_that_does_not_fit_its_gpus_is_refused(
+    sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With what would fit; --anyway takes the plan for wrong, and where it fits the plan is shown."""
+    words = ["submit", "ppo", "--yes", f"out={tmp_path / 'run'}", "experiment=instructgpt_6b"]
+    assert cli.main([*words, "layout=8gpu"]) == 2
+    said = capfd.readouterr()
+    assert "the plan of ppo does not fit the GPUs of `cluster`: No change of one setting" in said.err
+    assert "Or add --anyway" in said.err and "Traceback" not in said.err and not (sbatch / "asked").exists()
+    assert cli.main([*words, "layout=64gpu"]) == 0
+    assert "Memory of the busiest GPU" in capfd.readouterr().out
+    assert cli.main([*words, "layout=8gpu", "--anyway"]) == 0
+    assert "DOES NOT FIT" in capfd.readouterr().out
+    assert len((sbatch / "asked").read_text().splitlines()) == 2
+
+
 def test_a_pipeline_is_three_jobs_each_after_the_one_before(sbatch: Path, tmp_path: Path) -> None:
     assert submit(tmp_path / "run", "pipeline", "--yes") == 0
     folder = tmp_path / "run" / "slurm"
