@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rlhf.checkpoint import form
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.observe.log import json_text, write_text
 
@@ -43,6 +44,14 @@ def manifest(folder: Path) -> dict[str, Any]:
     lacking = [name for name in ("tensors", "digests") if not isinstance(found.get(name), dict)]
     if lacking:
         raise BadInput(f"{folder / FILE} has no {' and no '.join(lacking)}; write the weights again with this version")
+    return found
+
+
+def readable(folder: Path) -> dict[str, Any]:
+    """`manifest`, whose tensors and digests have the form that is read of them, whoever wrote it. Raises BadInput."""
+    found = manifest(folder)
+    if fault := form.tensors(found["tensors"]) or form.digests(found["digests"]):
+        raise BadInput(f"{folder / FILE} is damaged: {fault}; write the weights again with this version")
     return found
 
 

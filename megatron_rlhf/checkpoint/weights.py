@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlhf.checkpoint import digest, form
+from megatron_rlhf.checkpoint import digest
 from megatron_rlhf.checkpoint import manifest as facts
-from megatron_rlhf.checkpoint.manifest import HEAD, check, manifest
+from megatron_rlhf.checkpoint.manifest import HEAD, check
 from megatron_rlhf.checkpoint.pieces import VOCABULARY, with_rows
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.models.names import Split
@@ -58,9 +58,7 @@ def load(network: Network, folder: Path, *, fresh: tuple[str, ...] = (), digests
     BadInput for files that are not as they were written, another vocabulary, no head where the network has one, and
     tensors that the folder lacks or holds in another shape. Collective: world.
     """
-    found = manifest(folder)
-    if fault := form.tensors(found["tensors"]) or form.digests(found["digests"]):
-        raise BadInput(f"{folder / facts.FILE} is damaged: {fault}; write the weights again with this version")
+    found = facts.readable(folder)
     check(found, folder, vocabulary=network.model.vocabulary, head=network.scalar and HEAD not in fresh)
     missing = [name for name in network.directory if name not in found["tensors"] and name not in fresh]
     if missing:

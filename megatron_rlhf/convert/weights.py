@@ -54,7 +54,7 @@ class Weights:
     def __init__(self, path: Path, role: str | None = None) -> None:
         """Reads the manifest and the names in the files. Raises BadInput where they do not fit together."""
         self._path = path
-        found = manifests.manifest(path)
+        found = manifests.readable(path)
         where = str(path / FILE)
         self._entries = {name: _entry(entry) for name, entry in found["tensors"].items()}
         if "model" not in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rlhf.batch import Rollout
-from megatron_rlhf.checkpoint import weights
+from megatron_rlhf.checkpoint.manifest import manifest
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.data.prompts import PromptStream
 from megatron_rlhf.eval import diversity, gold
@@ -56,7 +56,7 @@ def evaluate(run: Session) -> dict[str, Any]:
         asked = [stream.texts[place] for place in places]
         golds = {name: preference.scores(asked, responses[name], ended[name]) for name in responses}
         found = {
-            "weights": weights.manifest(run.weights("ppo"))["which"],
+            "weights": manifest(run.weights("ppo"))["which"],
             "temperature": settings.temperature,
             "max_tokens": settings.max_tokens or config.sampling.max_tokens,
             "win_rate": _win_rates(golds, config.seed),

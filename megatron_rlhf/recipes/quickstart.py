@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhf.checkpoint import weights
+from megatron_rlhf.checkpoint.manifest import manifest
 from megatron_rlhf.config.schema import Config
 from megatron_rlhf.eval import report
 from megatron_rlhf.observe.log import write_json
@@ -83,7 +83,7 @@ def _report(run: Session, seconds: float, memory: int) -> None:
     config = run.config
     evaluation: dict[str, Any] = json.loads((run.out / "evaluation.json").read_text())
     samples = evaluation.pop("samples")
-    rewarded, trained = weights.manifest(run.weights("reward")), weights.manifest(run.weights("ppo"))
+    rewarded, trained = manifest(run.weights("reward")), manifest(run.weights("ppo"))
     ranked = json.loads((run.data / "rank.json").read_text())
     lines = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     stages = _seconds(run)

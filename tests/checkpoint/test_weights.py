@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from megatron_rlhf.checkpoint import weights
+from megatron_rlhf.checkpoint import manifest, weights
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.recipes import losses
 from tests.helpers import roles as tiny
@@ -40,7 +40,7 @@ def test_any_layout_reads_what_any_wrote(words: str, tied: bool, tmp_path: Path)
     role.update()
     expected = tiny.main_weights(role)
     weights.save(role.network, tmp_path / "policy", {"which": "tiny", "step": 1})
-    assert weights.manifest(tmp_path / "policy")["step"] == 1
+    assert manifest.manifest(tmp_path / "policy")["step"] == 1
     for target_words in ("tp2 pp2", "pp4", "tp4", "tp2 dp2 sp", tiny.ONE):
         target = tiny.network(target_words, role.network.model, seed=77)
         assert weights.load(target, tmp_path / "policy")["which"] == "tiny"

@@ -50,6 +50,6 @@ def test_files_beat_with_each_block_written_and_read(tmp_path: Path) -> None:
 
 
 def test_a_clock_tells_the_phase() -> None:
-    clock, phases = Timer(pulse.enter), PULSE.phases
+    clock, phases = Timer(entered=pulse.enter), PULSE.phases
     with clock("generate"), clock("score"):
         assert (PULSE.phase, PULSE.phases) == ("score", phases + 2)
