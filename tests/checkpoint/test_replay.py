@@ -24,10 +24,10 @@ from megatron_rlhf.data import jsonl, pretraining, sentence_pieces, tokenizer
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.observe.timer import Timer
-from megatron_rlhf.parallel.collectives import any_rank
 from megatron_rlhf.recipes import ppo
 from megatron_rlhf.recipes.session import STOPPED, Session
 from tests.helpers.grid import on_grid
+from tests.helpers.signals import Signals
 
 CHAIN = ("tp2 pp2", "dp2 @0-1", "tp4", "pp4")
 EACH = 3
@@ -45,17 +45,6 @@ ROLES = ("policy", "generate", "reference", "value", "reward", "pretrain")
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]
 
 Sample = Callable[..., Rollout]
-
-
-class Signals:
-    """A signal that comes before a run asks for the `at`-th time; 0 never."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def requested(self) -> bool:
-        self.left -= 1
-        return any_rank(self.left == 0)
 
 
 def session(out: Path, words: str, iterations: int) -> Session:

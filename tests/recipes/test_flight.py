@@ -26,12 +26,12 @@ from megatron_rlhf.data import jsonl, pretraining, sentence_pieces, tokenizer
 from megatron_rlhf.observe.log import Log
 from megatron_rlhf.observe.stats import Stats
 from megatron_rlhf.observe.timer import Timer
-from megatron_rlhf.parallel.collectives import any_rank
 from megatron_rlhf.recipes import ppo
 from megatron_rlhf.recipes.flight import Flight
 from megatron_rlhf.recipes.session import STOPPED, Session
 from tests.helpers import roles as tiny
 from tests.helpers.grid import on_grid
+from tests.helpers.signals import Signals
 from tools.resume.record import CHANGING
 
 ITERATIONS = 2
@@ -45,20 +45,6 @@ SETTINGS = [
     *("checkpoint.phases=true", "checkpoint.asynchronous=false"),
 ]
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "house", "and", "why", "runs", "sleeps", "here", "today"]
-
-
-class Signals:
-    """A signal that comes before a run asks for the `at`-th time; 0 never."""
-
-    def __init__(self, at: int = 0) -> None:
-        self.left = at
-
-    def over(self) -> None:
-        """Nothing to take away."""
-
-    def requested(self) -> bool:
-        self.left -= 1
-        return any_rank(self.left == 0)
 
 
 @dataclass(frozen=True, eq=False)

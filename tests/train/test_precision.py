@@ -27,7 +27,9 @@ from megatron_rlhf.checkpoint import weights
 from megatron_rlhf.config.schema import Adam, Learning, LossScale, Ppo, Reshard
 from megatron_rlhf.generate.sampling import Draw
 from megatron_rlhf.models import roles
+from megatron_rlhf.observe.now import Now
 from megatron_rlhf.observe.stats import Stats
+from megatron_rlhf.observe.timer import Timer
 from megatron_rlhf.recipes import losses, measures, ppo
 from megatron_rlhf.recipes.loop import Lesson, learn, rate
 from megatron_rlhf.reshard import move, switch
@@ -268,6 +270,9 @@ def test_a_skipped_update_does_not_advance_a_supervised_schedule() -> None:
         first=False,
         stopping=lambda: False,
         settle=lambda: None,
+        slowest=dict,
+        now=Now(None),
+        timer=Timer(),
         config=SimpleNamespace(checkpoint=SimpleNamespace(every=0)),
         log=SimpleNamespace(row=lambda _phase, _step, values: written.append(values)),
     )
