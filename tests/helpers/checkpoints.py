@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Model, Rope
+from megatron_rlhf.convert import megatron
 from megatron_rlhf.convert.logical import Card, Source
 
 GPT = Model(layers=4, hidden=32, heads=4, vocabulary=101, context=64)
@@ -97,3 +98,9 @@ class Bite:
 
     def __reduce__(self) -> Any:
         return os.system, (f"touch {self.victim}",)
+
+
+def megatron_folder(folder: Path, card: Card, found: dict[str, torch.Tensor], **settings: Any) -> Path:
+    """A checkpoint of ours; the folder that Megatron-Core would be given."""
+    megatron.write(folder, card, stream(found), next(iter(found.values())).dtype, **settings)
+    return folder / "release"
