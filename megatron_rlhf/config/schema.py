@@ -552,7 +552,7 @@ class Slurm:
     modules: str = ""
     """Modules to load, for example cuda/12.8 nccl/2.27."""
     setup: str = ""
-    """A shell line that each job runs first, for example source /home/me/venv/bin/activate."""
+    """A shell line that each job runs first, for example source VENV/bin/activate."""
     options: str = ""
     """Further options of sbatch, separated by semicolons, for example --exclusive; --mem=0."""
     python: str = ""

@@ -7,7 +7,7 @@ bytes (plan/roofline.py).
 from __future__ import annotations
 
 from megatron_rlhf.config.schema import Config, Model
-from megatron_rlhf.reshard.layout import parameters, specs
+from megatron_rlhf.plan.parameters import count
 
 PETAFLOPS_DAY = 1e15 * 86400
 """One petaFLOP/s for a day, the unit of the paper's compute (Brown et al. 2020, appendix D)."""
@@ -53,11 +53,6 @@ def learned(model: Model, rows: float, length: float, positions: float | None = 
     return 3 * forward(model, rows, length, positions)
 
 
-def counted(model: Model, *, scalar: bool = False) -> int:
-    """Parameters of the network, the vocabulary not padded; `scalar` has one output in place of the output layer."""
-    return parameters(specs(model, model.vocabulary, scalar=scalar))
-
-
 def of_the_paper(config: Config, demonstrations: int, pretraining_tokens: float) -> dict[str, dict[str, float]]:
     """Petaflop/s-days of pretraining, SFT and PPO-ptx by pass, as the paper counts them (InstructGPT, section 5.1).
 
@@ -65,7 +60,7 @@ def of_the_paper(config: Config, demonstrations: int, pretraining_tokens: float)
     this library adds, the old log-probs scored again before training, is not in the paper's count.
     """
     model, ppo = config.model, config.ppo
-    policy, critic = counted(model), counted(config.reward_model, scalar=True)
+    policy, critic = count(model), count(config.reward_model, scalar=True)
     tokens = ppo.iterations * ppo.episodes * model.context
     mixed = ppo.iterations * ppo.episodes * ppo.pretraining_ratio * config.pretrain.length
     passes: dict[str, dict[str, float]] = {

@@ -8,12 +8,9 @@ from functools import cache
 
 from megatron_rlhf.config.layout import Layout
 from megatron_rlhf.config.schema import Adam, Model
+from megatron_rlhf.plan import parameters
 from megatron_rlhf.plan.roofline import Seconds
 from megatron_rlhf.plan.stage import Stage
-from megatron_rlhf.reshard.layout import TensorSpec, parameters, shard_shape, specs, stage
-
-_ROWS = 128
-"""What the rows of the vocabulary are padded to a multiple of on GPUs, besides every tp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +90,15 @@ def update(stage: Stage, adam: Adam, *, averaged: bool = False) -> Seconds:
 @cache
 def heaviest(model: Model, layout: Layout, *, scalar: bool = False) -> int:
     """Parameters of the fullest rank, the vocabulary padded as on GPUs."""
-    tensors = _specs(model, math.lcm(layout.tp, _ROWS), scalar)
-    return max(
-        sum(_size(tensor, layout.tp) for chunk in range(layout.vp) for tensor in stage(tensors, layout, rank, chunk))
-        for rank in sorted({0, layout.pp - 1})
-    )
+    return max(parameters.per_rank(model, layout, _padded(model, layout.tp), scalar=scalar))
 
 
 @cache
 def whole(model: Model, *, scalar: bool = False) -> int:
     """Parameters of the network, the vocabulary padded as on GPUs."""
-    return parameters(_specs(model, _ROWS, scalar))
+    return parameters.count(model, scalar=scalar, rows=_padded(model, 1))
 
 
-@cache
-def _specs(model: Model, multiple: int, scalar: bool) -> tuple[TensorSpec, ...]:
-    return specs(model, -(-model.vocabulary // multiple) * multiple, scalar=scalar)
-
-
-@cache
-def _size(tensor: TensorSpec, tp: int) -> int:
-    return math.prod(shard_shape(tensor, tp))
+def _padded(model: Model, tp: int) -> int:
+    multiple = math.lcm(tp, parameters.TENSOR_CORES)
+    return -(-model.vocabulary // multiple) * multiple

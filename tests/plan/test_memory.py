@@ -18,6 +18,7 @@ from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config, Model
 from megatron_rlhf.generate import room
+from megatron_rlhf.models import vocabulary
 from megatron_rlhf.plan import activations, memory, parameters, residents
 from megatron_rlhf.plan.activations import Pass
 from megatron_rlhf.plan.phase import Phase, cache_bytes, step_bytes
@@ -153,6 +154,7 @@ def test_caches_are_counted_as_the_generate_phase_counts_them(style: str) -> Non
     layout = Layout.parse("tp2 pp2", 4)
     role = residents.Role("generate", model, layout, 1000)
     assert cache_bytes(role, 48) == room.cache_bytes(model, layout, 48)
+    assert activations.FORWARD_ROWS == vocabulary.FORWARD_ROWS
     assert step_bytes(role, 16) == room.step_bytes(model, layout, 16)
 
 
