@@ -142,14 +142,12 @@ Tensor logprob_kl_stats(const Tensor& logits, const Tensor& reference, const Ten
 }
 
 template <class Backend>
-void logprob_backward(const Tensor& logits, const Maybe& reference, const Tensor& targets, const Tensor& log_sum,
-                      const Maybe& entropy, const Maybe& kl, const Maybe& reference_log_sum, const Maybe& grad,
-                      const Maybe& entropy_grad, const Maybe& kl_grad, int64_t vocab_start, int64_t columns,
-                      double temperature, Tensor out) {
+void logprob_backward(const Tensor& logits, const Maybe& reference, const Tensor& targets, const Tensor& sums,
+                      const Maybe& reference_sums, const Maybe& grad, const Maybe& entropy_grad, const Maybe& kl_grad,
+                      int64_t vocab_start, int64_t columns, double temperature, Tensor out) {
   check_like(out, logits, "out");
-  STD_TORCH_CHECK(!entropy_grad.has_value() || entropy.has_value(), "the entropy's gradient needs the entropy");
-  STD_TORCH_CHECK(!kl_grad.has_value() || (reference.has_value() && kl.has_value() && reference_log_sum.has_value()),
-                  "the KL's gradient needs reference, KL and the reference's log-sum");
+  STD_TORCH_CHECK(!kl_grad.has_value() || (reference.has_value() && reference_sums.has_value()),
+                  "the KL's gradient needs the reference and its sums");
   if (reference.has_value()) check_like(*reference, logits, "reference");
   const int64_t n = logits.size(0);
   const ScalarType real = real_of(logits);
@@ -160,10 +158,9 @@ void logprob_backward(const Tensor& logits, const Maybe& reference, const Tensor
       logits, dtype_of(logits), logits.const_data_ptr(),
       reference.has_value() ? reference->const_data_ptr() : static_cast<const void*>(nullptr),
       targets_of(targets, logits), slice_of(logits, vocab_start, columns, temperature),
-      reference.has_value() ? reference->stride(0) : int64_t(0), of(log_sum, 2 * n, "log_sum"),
-      of(entropy, n, "entropy"), of(kl, n, "kl"), of(reference_log_sum, 2 * n, "reference_log_sum"),
-      of(grad, n, "grad"), of(entropy_grad, n, "entropy_grad"), of(kl_grad, n, "kl_grad"), out.mutable_data_ptr(),
-      out.stride(0));
+      reference.has_value() ? reference->stride(0) : int64_t(0), of(sums, 3 * n, "sums"),
+      of(reference_sums, 2 * n, "reference_sums"), of(grad, n, "grad"), of(entropy_grad, n, "entropy_grad"),
+      of(kl_grad, n, "kl_grad"), out.mutable_data_ptr(), out.stride(0));
 }
 
 template <class Backend>
@@ -202,9 +199,9 @@ STABLE_TORCH_LIBRARY(megatron_rlhf, m) {
       "logprob_kl_stats(Tensor logits, Tensor reference, Tensor targets, int vocab_start, int columns, "
       "float temperature) -> Tensor");
   m.def(
-      "logprob_backward(Tensor logits, Tensor? reference, Tensor targets, Tensor log_sum, Tensor? entropy, Tensor? kl, "
-      "Tensor? reference_log_sum, Tensor? grad, Tensor? entropy_grad, Tensor? kl_grad, int vocab_start, int columns, "
-      "float temperature, Tensor(a!) out) -> ()");
+      "logprob_backward(Tensor logits, Tensor? reference, Tensor targets, Tensor sums, Tensor? reference_sums, "
+      "Tensor? grad, Tensor? entropy_grad, Tensor? kl_grad, int vocab_start, int columns, float temperature, "
+      "Tensor(a!) out) -> ()");
   m.def("sample(Tensor logits, Tensor? keys, int vocab_start, int columns, float temperature) -> Tensor");
   m.def("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)");
 }

@@ -51,12 +51,12 @@ void logprob_kl_stats(DType dtype, const void* logits, const void* reference, co
 }
 
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
-                      int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
-                      const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
-                      const void* kl_grad_N, void* out, int64_t out_stride, Threads threads) {
-  const BackwardJob job{dtype,      logits,    reference,            targets, slice,          reference_stride,
-                        log_sum_2N, entropy_N, kl_N,                 reference_log_sum_2N,    grad_N,
-                        entropy_grad_N,        kl_grad_N,            out,     out_stride};
+                      int64_t reference_stride, const void* sums_3N, const void* reference_sums_2N, const void* grad_N,
+                      const void* entropy_grad_N, const void* kl_grad_N, void* out, int64_t out_stride,
+                      Threads threads) {
+  const BackwardJob job{dtype,   logits,            reference, targets,        slice,     reference_stride,
+                        sums_3N, reference_sums_2N, grad_N,    entropy_grad_N, kl_grad_N, out,
+                        out_stride};
   run_rows(threads, job, MRLHF_EACH_ISA(backward_rows));
 }
 

@@ -50,13 +50,17 @@ void logprob_kl_stats(DType dtype, const void* logits, const void* reference, co
                       int64_t reference_stride, void* out_8N, Threads threads = {});
 
 /// out = (1/T) [g (1_y - p) - h p (ln p + H) + k p (ln p - ln q - KL)], rounded once, with the gradients g of the
-/// log-prob, h of the entropy and k of KL(p || q); 0 in the padding and in ignored rows. log_sum_2N holds m, then ln S,
-/// of the whole vocabulary (their sum would cost the gradient its last digits), reference_log_sum_2N m', then ln S'. A
-/// null g, h or k is 0; entropy is needed with h; reference, kl and reference_log_sum with k. `out` may be `logits`.
+/// log-prob, h of the entropy and k of KL(p || q); 0 in the padding and in ignored rows. sums_3N holds m, S and Z / S
+/// of the whole vocabulary, reference_sums_2N m' and D / S: with p = e^(x-m) / S the constants cancel, and
+///
+///     ln p + H = (x-m) - Z / S        ln p - ln q - KL = (x-m) - (y-m') - D / S
+///
+/// without the last digits that ln S, H and KL would cost. A null g, h or k is 0; reference and reference_sums are
+/// needed with k. `out` may be `logits`.
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
-                      int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
-                      const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
-                      const void* kl_grad_N, void* out, int64_t out_stride, Threads threads = {});
+                      int64_t reference_stride, const void* sums_3N, const void* reference_sums_2N, const void* grad_N,
+                      const void* entropy_grad_N, const void* kl_grad_N, void* out, int64_t out_stride,
+                      Threads threads = {});
 
 /// Each row's best x + Gumbel noise, its word's global number (exact below 2^24), m, S, and x at that word: out_5N.
 /// The noise is that of parallel/random.py for the two 32-bit keys of each row; null keys draw without noise. Of equal
@@ -83,9 +87,8 @@ void logprob_kl_stats(DType dtype, const void* logits, const void* reference, co
                       int64_t reference_stride, void* out_8N, void* stream);
 
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
-                      int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
-                      const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
-                      const void* kl_grad_N, void* out, int64_t out_stride, void* stream);
+                      int64_t reference_stride, const void* sums_3N, const void* reference_sums_2N, const void* grad_N,
+                      const void* entropy_grad_N, const void* kl_grad_N, void* out, int64_t out_stride, void* stream);
 
 void sample(DType dtype, const void* logits, Slice slice, const uint32_t* row_keys_2N, float* out_5N, void* stream);
 

@@ -23,7 +23,7 @@ struct BackwardJob {
   const int64_t* targets;
   Slice slice;
   int64_t reference_stride;
-  const void *log_sum, *entropy, *kl, *reference_log_sum;
+  const void *sums, *reference_sums;
   const void *grad, *entropy_grad, *kl_grad;
   void* out;
   int64_t out_stride;

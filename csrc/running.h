@@ -11,10 +11,9 @@ namespace {
 
 constexpr int64_t kTile = 2048;
 
-/// Words summed one behind the other in a lane: longer chains of float additions would show in the last digits of S, the
-/// more the fewer lanes there are.
+/// Words summed in a lane before they are widened: longer chains of float additions would show in the last digits of S.
 template <class E>
-constexpr int64_t kChain = 16 * E::lanes;
+constexpr int64_t kChain = 4 * E::lanes;
 
 /// x = logits / T of up to kTile words, filled up with -inf to whole vectors; returns the largest that is not NaN.
 template <class E, bool kScaled>
@@ -66,7 +65,7 @@ struct Running {
 
   void add(const Real* x, int64_t count) {
     const Real from = base();
-    Vector all_s{}, all_z{};
+    typename E::Wide all_s{}, all_z{};
     for (int64_t start = 0; start < count; start += kChain<E>) {
       Vector s{}, z{};
       for (int64_t i = start; i < std::min(count, start + kChain<E>); i += E::lanes) {
@@ -74,8 +73,8 @@ struct Running {
         s += w;
         z += w == 0 ? Vector{} : w * d;
       }
-      all_s += s;
-      all_z += z;
+      add_wide(all_s, s);
+      add_wide(all_z, z);
     }
     S += sum(all_s);
     Z += sum(all_z);

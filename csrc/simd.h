@@ -28,6 +28,7 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -80,12 +81,14 @@ inline Floats logarithm(Floats x) {
   return (((p * f) * square + e * -2.12194440e-4f) - square * 0.5f + f) + e * 0.693359375f;
 }
 
-// Stored types: how a vector of them becomes one to compute with, and back, rounded to the nearest, ties to even.
+// Stored types: how a vector of them becomes one to compute with, and back, rounded to the nearest, ties to even; Wide
+// holds long sums.
 
 struct F32 {
   using Stored = float;
   using Real = float;
   using Vector = Floats;
+  using Wide = Doubles;
   static constexpr int lanes = kLanes;
   static Vector load(const Stored* from) { return loaded<Floats>(from); }
   static void store(Stored* to, Vector x) { stored(to, x); }
@@ -95,6 +98,7 @@ struct Bf16 {
   using Stored = uint16_t;
   using Real = float;
   using Vector = Floats;
+  using Wide = Doubles;
   static constexpr int lanes = kLanes;
   static Vector load(const Stored* from) { return floats(__builtin_convertvector(loaded<Halves>(from), Bits) << 16); }
   static void store(Stored* to, Vector x) {
@@ -108,6 +112,7 @@ struct F16 {
   using Stored = uint16_t;
   using Real = float;
   using Vector = Floats;
+  using Wide = Doubles;
   static constexpr int lanes = kLanes;
   static Vector load(const Stored* from) {
     const Bits h = __builtin_convertvector(loaded<Halves>(from), Bits);
@@ -130,6 +135,7 @@ struct F64 {
   using Stored = double;
   using Real = double;
   using Vector = double;
+  using Wide = double;
   static constexpr int lanes = 1;
   static Vector load(const Stored* from) { return *from; }
   static void store(Stored* to, Vector x) { *to = x; }
@@ -139,11 +145,14 @@ inline double exponential(double x) { return std::exp(x); }
 
 inline double sum(double x) { return x; }
 
-inline double sum(Floats x) {
+inline double sum(const Doubles& x) {
   double total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
   return total;
 }
+
+inline void add_wide(double& to, double x) { to += x; }
+inline void add_wide(Doubles& to, Floats x) { to += __builtin_convertvector(x, Doubles); }
 
 inline double largest(double x) { return x; }
 

@@ -76,6 +76,7 @@ def test_a_rival_that_is_not_there_is_named(installed: str, why: str, monkeypatc
     assert why in ppo_iteration.rival_name()
 
 
+@pytest.mark.slow
 def test_a_rival_that_is_not_there_is_not_invented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Our side runs at toy size in a process of its own; the file has its numbers and none of the rival's."""
     monkeypatch.setattr(ppo_iteration, "RIVAL", "0.0.0")

@@ -31,14 +31,13 @@ void logprob_kl_stats(DType dtype, const void* logits, const void* reference, co
 }
 
 void logprob_backward(DType dtype, const void* logits, const void* reference, const int64_t* targets, Slice slice,
-                      int64_t reference_stride, const void* log_sum_2N, const void* entropy_N, const void* kl_N,
-                      const void* reference_log_sum_2N, const void* grad_N, const void* entropy_grad_N,
-                      const void* kl_grad_N, void* out, int64_t out_stride, void* stream) {
+                      int64_t reference_stride, const void* sums_3N, const void* reference_sums_2N, const void* grad_N,
+                      const void* entropy_grad_N, const void* kl_grad_N, void* out, int64_t out_stride, void* stream) {
   if (slice.rows == 0 || slice.width == 0) return;
   slice.columns = std::max<int64_t>(slice.columns, 0);
   const auto floats = [](const void* numbers) { return static_cast<const float*>(numbers); };
-  const device::Numbers numbers{floats(log_sum_2N), floats(entropy_N), floats(kl_N), floats(reference_log_sum_2N),
-                                floats(grad_N), floats(entropy_grad_N), floats(kl_grad_N)};
+  const device::Numbers numbers{floats(sums_3N), floats(reference_sums_2N), floats(grad_N), floats(entropy_grad_N),
+                                floats(kl_grad_N)};
   const bool pair = kl_grad_N != nullptr;
   device::with_type(dtype, [&](auto type) {
     using T = decltype(type);

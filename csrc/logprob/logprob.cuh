@@ -32,11 +32,14 @@ struct Policy {
   __device__ __forceinline__ void add(const Vector<T> (&x)[kBatch], float base_2) {
     raise(largest_of(x, mass.largest), base_2);
     const float origin = mass.origin();
-    Policy batch = {{mass.largest, 0}, 0};  // summed apart: long chains of additions would show in the last digits
+    const Policy none = {{mass.largest, 0}, 0};
+    Policy batch = none;
 #pragma unroll
     for (const Vector<T>& vector : x) {
+      Policy few = none;  // summed apart: long chains of additions would show in the last digits
 #pragma unroll
-      for (int e = 0; e < Vector<T>::kWidth; ++e) batch.weigh((vector[e] - origin) * base_2);
+      for (int e = 0; e < Vector<T>::kWidth; ++e) few.weigh((vector[e] - origin) * base_2);
+      batch.join(few);
     }
     join(batch);
   }
@@ -97,15 +100,18 @@ struct Pair {
   __device__ __forceinline__ void add(const Vector<T> (&x)[kBatch], const Vector<T> (&y)[kBatch], float base_2) {
     raise(Policy::largest_of(x, policy.mass.largest), Policy::largest_of(y, reference.largest), base_2);
     const float origin = policy.mass.origin(), reference_origin = reference.origin();
-    Pair batch = {{{policy.mass.largest, 0}, 0}, {reference.largest, 0}, 0};
+    const Pair none = {{{policy.mass.largest, 0}, 0}, {reference.largest, 0}, 0};
+    Pair batch = none;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
+      Pair few = none;
 #pragma unroll
       for (int e = 0; e < Vector<T>::kWidth; ++e) {
         const float d = (x[u][e] - origin) * base_2, reference_d = (y[u][e] - reference_origin) * base_2;
-        batch.reference.sum += power_of_2(reference_d);
-        batch.apart += product(batch.policy.weigh(d), d - reference_d);
+        few.reference.sum += power_of_2(reference_d);
+        few.apart += product(few.policy.weigh(d), d - reference_d);
       }
+      batch.join(few);
     }
     join(batch);
   }
@@ -208,24 +214,23 @@ __global__ void __launch_bounds__(kThreads)
   out[7 * slice.rows] = column < 0 ? 0 : to_float(y[column]) * scale.inverse;
 }
 
-// A number a row, of the whole vocabulary, and two in the log sums: m, then ln S. Null is 0.
+// Numbers a row: m, S, Z / S and m', D / S of the whole vocabulary, and a gradient each. Null is 0.
 struct Numbers {
-  const float *log_sum_2N, *entropy, *kl, *reference_log_sum_2N, *grad, *entropy_grad, *kl_grad;
+  const float *sums_3N, *reference_sums_2N, *grad, *entropy_grad, *kl_grad;
 };
 
 // The gradient of one row's words.
 struct Gradient {
   Scale scale;
-  float m, log_s, reference_m, reference_log_s, entropy, kl, grad, entropy_grad, kl_grad;
+  float m, per_s, mean, reference_m, mean_apart, grad, entropy_grad, kl_grad;
 
   __device__ Gradient(Scale scale, const Numbers& of, int64_t row, int64_t rows)
       : scale(scale),
-        m(of.log_sum_2N[row]),
-        log_s(of.log_sum_2N[rows + row]),
-        reference_m(at(of.reference_log_sum_2N, row)),
-        reference_log_s(at(of.reference_log_sum_2N, rows + row)),
-        entropy(at(of.entropy, row)),
-        kl(at(of.kl, row)),
+        m(of.sums_3N[row]),
+        per_s(1 / of.sums_3N[rows + row]),
+        mean(of.sums_3N[2 * rows + row]),
+        reference_m(at(of.reference_sums_2N, row)),
+        mean_apart(at(of.reference_sums_2N, rows + row)),
         grad(at(of.grad, row)),
         entropy_grad(at(of.entropy_grad, row)),
         kl_grad(at(of.kl_grad, row)) {}
@@ -236,12 +241,11 @@ struct Gradient {
   template <bool kPair>
   __device__ __forceinline__ float operator()(float logit, float reference) const {
     // x is rounded before m is taken away, as m was: at the largest word their difference is 0
-    const float log_p = __fmul_rn(logit, scale.inverse) - m - log_s;
-    const float p = power_of_2(log_p * kLog2E);
-    float slope = fmaf(entropy_grad, log_p + entropy, grad);
+    const float d = __fmul_rn(logit, scale.inverse) - m, p = power_of_2(d * kLog2E) * per_s;
+    float slope = fmaf(entropy_grad, d - mean, grad);
     if (kPair) {
-      const float reference_log_p = __fmul_rn(reference, scale.inverse) - reference_m - reference_log_s;
-      slope -= kl_grad * (log_p - reference_log_p - kl);
+      const float reference_d = __fmul_rn(reference, scale.inverse) - reference_m;
+      slope -= kl_grad * (d - reference_d - mean_apart);
     }
     return p == 0 ? 0 : -scale.inverse * p * slope;  // an absent word's slope may be infinite
   }

@@ -34,7 +34,7 @@ struct RunningPair {
 
   void add(const Real* x, const Real* y, int64_t count) {
     const Real x_from = p.base(), y_from = q.base();
-    Vector all_s{}, all_z{}, all_d{}, all_q{};
+    typename E::Wide all_s{}, all_z{}, all_d{}, all_q{};
     for (int64_t start = 0; start < count; start += kChain<E>) {
       Vector s{}, z{}, d{}, q_s{};
       for (int64_t i = start; i < std::min(count, start + kChain<E>); i += E::lanes) {
@@ -44,10 +44,10 @@ struct RunningPair {
         d += w == 0 ? Vector{} : w * (dx - dy);
         q_s += exponential(dy);
       }
-      all_s += s;
-      all_z += z;
-      all_d += d;
-      all_q += q_s;
+      add_wide(all_s, s);
+      add_wide(all_z, z);
+      add_wide(all_d, d);
+      add_wide(all_q, q_s);
     }
     p.S += sum(all_s);
     p.Z += sum(all_z);
@@ -114,16 +114,16 @@ void backward_row(const BackwardJob& job, int64_t row) {
   const Real g = Real(number(job.grad, 0) / slice.temperature);
   const Real h = Real(number(job.entropy_grad, 0) / slice.temperature);
   const Real k = Real(number(job.kl_grad, 0) / slice.temperature);
-  const Real m = number(job.log_sum, 0), log_s = number(job.log_sum, 1), H = number(job.entropy, 0);
-  const Real q_m = number(job.reference_log_sum, 0), q_log_s = number(job.reference_log_sum, 1), KL = number(job.kl, 0);
+  const Real m = number(job.sums, 0), per_s = 1 / number(job.sums, 1), mean = number(job.sums, 2);
+  const Real q_m = number(job.reference_sums, 0), mean_apart = number(job.reference_sums, 1);
   const auto slope = [&](Vector x, Vector y) {
     if (kScaled) x = x / temperature;
-    const Vector log_p = (x - m) - log_s, p = exponential(log_p);
+    const Vector d = x - m, p = exponential(d) * per_s;
     Vector s = Vector{} - g;
-    if (kEntropy) s -= h * (log_p + H);
+    if (kEntropy) s -= h * (d - mean);
     if (kKl) {
       if (kScaled) y = y / temperature;
-      s += k * ((log_p - ((y - q_m) - q_log_s)) - KL);
+      s += k * ((d - (y - q_m)) - mean_apart);
     }
     return p == 0 ? Vector{} : p * s;
   };

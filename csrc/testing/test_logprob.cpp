@@ -98,23 +98,22 @@ void stats(Batch<T>& batch) {
 
 // The numbers a row of the whole vocabulary, of which this slice holds two thirds of the mass.
 struct Whole {
-  std::vector<float> log_sum, entropy, kl, reference_log_sum, grad, entropy_grad, kl_grad;
+  std::vector<float> sums, reference_sums, grad, entropy_grad, kl_grad;
 
   template <class T>
   explicit Whole(Batch<T>& batch) {
     const int64_t rows = batch.slice.rows;
-    log_sum.resize(2 * rows), reference_log_sum.resize(2 * rows);
+    sums.resize(3 * rows), reference_sums.resize(2 * rows);
     check::Random random{5};
     for (int64_t row = 0; row < rows; ++row) {
       const bool ignored = batch.targets[row] < 0;
       const Exact e = exact(batch.logits, batch.reference, row, batch.targets[row], batch.slice);
       // a slice of absent words stands beside one that has some
-      log_sum[row] = static_cast<float>(ignored ? NAN : std::isinf(e.m) ? 1 : e.m);
-      log_sum[rows + row] = static_cast<float>(std::log(1.5 * e.S + std::isinf(e.m)));
-      reference_log_sum[row] = static_cast<float>(ignored ? NAN : e.reference_m);
-      reference_log_sum[rows + row] = static_cast<float>(std::log(1.5 * e.reference_S));
-      entropy.push_back(static_cast<float>(random.uniform() * 3));
-      kl.push_back(static_cast<float>(random.uniform()));
+      sums[row] = static_cast<float>(ignored ? NAN : std::isinf(e.m) ? 1 : e.m);
+      sums[rows + row] = static_cast<float>(1.5 * e.S + std::isinf(e.m));
+      sums[2 * rows + row] = static_cast<float>(random.uniform() * -3);
+      reference_sums[row] = static_cast<float>(ignored ? NAN : e.reference_m);
+      reference_sums[rows + row] = static_cast<float>(random.uniform());
       grad.push_back(static_cast<float>(random.normal()));
       entropy_grad.push_back(static_cast<float>(random.normal()));
       kl_grad.push_back(static_cast<float>(random.normal()));
@@ -130,17 +129,16 @@ void expect_gradient(Batch<T>& batch, Rows<T>& out, const Whole& whole, int64_t 
   for (int64_t v = 0; v < slice.width; ++v) {
     double wanted = 0, size = 0;
     if (batch.targets[row] >= 0 && v < slice.columns) {
-      const double x = batch.logits.at(row, v) / slice.temperature;
-      const double log_p = x - whole.log_sum[row] - whole.log_sum[slice.rows + row];
-      const double p = std::exp(log_p), y = batch.reference.at(row, v) / slice.temperature;
-      const double log_q = y - whole.reference_log_sum[row] - whole.reference_log_sum[slice.rows + row];
-      const double H = whole.entropy[row], KL = whole.kl[row], target = slice.vocab_start + v == batch.targets[row];
+      const double d = batch.logits.at(row, v) / slice.temperature - whole.sums[row];
+      const double p = std::exp(d) / whole.sums[slice.rows + row], mean = whole.sums[2 * slice.rows + row];
+      const double reference_d = batch.reference.at(row, v) / slice.temperature - whole.reference_sums[row];
+      const double apart = whole.reference_sums[slice.rows + row], target = slice.vocab_start + v == batch.targets[row];
       if (p > 0) {
-        wanted = -p * (g + h * (log_p + H) - k * (log_p - log_q - KL));
-        size = p * (std::fabs(g) + std::fabs(h) * (std::fabs(log_p) + H));
-        size += p * std::fabs(k) * (std::fabs(log_p) + std::fabs(log_q) + KL);
+        wanted = -p * (g + h * (d - mean) - k * (d - reference_d - apart));
+        size = p * (std::fabs(g) + std::fabs(h) * (std::fabs(d) + std::fabs(mean)));
+        size += p * std::fabs(k) * (std::fabs(d) + std::fabs(reference_d) + std::fabs(apart));
         // x and y themselves are rounded
-        const double rounded = 0x1p-23 * (std::fabs(whole.log_sum[row]) + std::fabs(whole.reference_log_sum[row]));
+        const double rounded = 0x1p-23 * (std::fabs(whole.sums[row]) + std::fabs(whole.reference_sums[row]));
         size += rounded / 1e-5 * (size + p * (std::fabs(h) + std::fabs(k)));
       }
       wanted = (wanted + target * g) / slice.temperature;
@@ -168,8 +166,8 @@ void backward(Batch<T>& batch, int64_t out_place) {
       Rows<T>& out = inplace ? work : elsewhere;
       mrlhf::cuda::logprob_backward(check::dtype_of<T>(), inplace ? work.data() : batch.logits.data(),
                                     of.k ? batch.reference.data() : nullptr, batch.targets.data(), slice,
-                                    batch.reference.stride, whole.log_sum.data(), of.h ? whole.entropy.data() : nullptr,
-                                    of.k ? whole.kl.data() : nullptr, of.k ? whole.reference_log_sum.data() : nullptr,
+                                    batch.reference.stride, whole.sums.data(),
+                                    of.k ? whole.reference_sums.data() : nullptr,
                                     of.g ? whole.grad.data() : nullptr, of.h ? whole.entropy_grad.data() : nullptr,
                                     of.k ? whole.kl_grad.data() : nullptr, out.data(), out.stride, nullptr);
       for (int64_t row = 0; row < slice.rows; ++row) {
@@ -202,14 +200,14 @@ void nothing() {
   check::situation = "no words";
   Rows<float> logits(2, 6, 6, 0), out(2, 6, 6, 1);
   const int64_t targets[] = {3, -1};
-  const float numbers[] = {0, 0, 0, 0};
+  const float numbers[] = {0, 0, 0, 0, 0, 0};
   float stats[16];
   for (const int64_t columns : {int64_t{0}, int64_t{-4}}) {
     const mrlhf::Slice slice{2, 6, columns, 6, 100, 1.0};
     mrlhf::cuda::logprob_kl_stats(mrlhf::DType::f32, logits.data(), logits.data(), targets, slice, 6, stats, nullptr);
     for (int k = 0; k < 16; ++k) near(stats[k], k / 2 == 0 || k / 2 == 5 ? -INFINITY : 0, 0, "a number", k % 2, k / 2);
     mrlhf::cuda::logprob_backward(mrlhf::DType::f32, logits.data(), nullptr, targets, slice, 0, numbers, nullptr,
-                                  nullptr, nullptr, numbers, nullptr, nullptr, out.data(), out.stride, nullptr);
+                                  numbers, nullptr, nullptr, out.data(), out.stride, nullptr);
     for (int k = 0; k < 12; ++k) near(out.at(k / 6, k % 6), 0, 0, "gradient", k / 6, k % 6);
   }
   mrlhf::cuda::logprob_stats(mrlhf::DType::f32, nullptr, nullptr, {0, 6, 6, 6, 0, 1.0}, nullptr, nullptr);
@@ -240,13 +238,13 @@ void far() {
   const mrlhf::Slice slice{2, stride, columns, columns, 0, 1.0};
   const auto bf16 = mrlhf::DType::bf16;
   const double S = 1 + 8 * std::exp(-1.0), D = 1 - std::exp(-1.0), kl = D / S;
-  const float log_s = static_cast<float>(std::log(S)), log_sum[] = {1, 1, log_s, log_s};
-  const float kl_of[] = {static_cast<float>(kl), static_cast<float>(kl)}, one[] = {1, 1};
+  const float s = static_cast<float>(S), mean_apart = static_cast<float>(kl), one[] = {1, 1};
+  const float sums[] = {1, 1, s, s, 0, 0}, reference_sums[] = {1, 1, mean_apart, mean_apart};
   float out[8], both[16];
   mrlhf::cuda::logprob_stats(bf16, logits.data(), targets, slice, out, nullptr);
   mrlhf::cuda::logprob_kl_stats(bf16, logits.data(), reference.data(), targets, slice, stride, both, nullptr);
-  mrlhf::cuda::logprob_backward(bf16, logits.data(), reference.data(), targets, slice, stride, log_sum, nullptr, kl_of,
-                                log_sum, one, nullptr, one, logits.data(), stride, nullptr);
+  mrlhf::cuda::logprob_backward(bf16, logits.data(), reference.data(), targets, slice, stride, sums,
+                                reference_sums, one, nullptr, one, logits.data(), stride, nullptr);
   for (int64_t row = 0; row < 2; ++row) {
     near(out[2 + row], S, 1e-5, "S", row);
     near(both[2 + row], S, 1e-5, "S beside a reference", row);

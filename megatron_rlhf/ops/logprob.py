@@ -47,10 +47,8 @@ def backward(
     logits_NV: Tensor,
     reference_NV: Tensor | None,
     targets_N: Tensor,
-    log_sum_2N: Tensor,
-    entropy_N: Tensor | None,
-    kl_N: Tensor | None,
-    reference_log_sum_2N: Tensor | None,
+    sums_3N: Tensor,
+    reference_sums_2N: Tensor | None,
     grad_N: Tensor | None,
     entropy_grad_N: Tensor | None,
     kl_grad_N: Tensor | None,
@@ -62,10 +60,11 @@ def backward(
 ) -> Tensor:
     """`out_NV` filled with (1/T) [g (1_y - p) - h p (ln p + H) + k p (ln p - ln q - KL)], rounded once.
 
-    g, h and k are the gradients of log-prob, entropy H and KL(p || q), None for 0; a log-sum is (m, ln S) of the whole
-    vocabulary. `out_NV` may be `logits_NV`. Padding columns and ignored rows become exactly 0.
+    g, h and k are the gradients of log-prob, entropy H and KL(p || q), None for 0. The sums are (m, S, Z / S) and
+    (m', D / S) of the whole vocabulary: with p = e^(x-m) / S, ln p + H is (x-m) - Z / S, and ln p - ln q - KL is
+    (x-m) - (y-m') - D / S. `out_NV` may be `logits_NV`. Padding columns and ignored rows become exactly 0.
     """
-    given = (log_sum_2N, entropy_N, kl_N, reference_log_sum_2N, grad_N, entropy_grad_N, kl_grad_N)
+    given = (sums_3N, reference_sums_2N, grad_N, entropy_grad_N, kl_grad_N)
     served = library.serves(logits_NV) and library.serves(out_NV)
     if not served or (reference_NV is not None and not library.serves(reference_NV)):
         return logprob_reference.backward(
@@ -78,7 +77,7 @@ def backward(
             temperature=temperature,
             out_NV=out_NV,
         )
-    even = [numbers if numbers is None else numbers.to(log_sum_2N.dtype).contiguous() for numbers in given]
+    even = [numbers if numbers is None else numbers.to(sums_3N.dtype).contiguous() for numbers in given]
     torch.ops.megatron_rlhf.logprob_backward(
         logits_NV, reference_NV, targets_N.contiguous(), *even, vocab_start, columns, temperature, out_NV
     )

@@ -21,7 +21,7 @@ def stats(logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int, columns: in
         result[3, rows] = _at_target(x, targets_N[rows], vocab_start)
         largest, shifted = _shifted(x)
         weights = shifted.exp()
-        result[0, rows], result[1, rows] = largest, weights.sum(1)
+        result[0, rows], result[1, rows] = largest, _sum(weights)
         result[2, rows] = _weighted(shifted, weights)
     return _ignored(result, targets_N, columns)
 
@@ -38,10 +38,10 @@ def kl_stats(
         result[7, rows] = _at_target(y, targets_N[rows], vocab_start)
         (largest, dx), (reference_largest, dy) = _shifted(x), _shifted(y)
         weights = dx.exp()
-        result[0, rows], result[1, rows] = largest, weights.sum(1)
+        result[0, rows], result[1, rows] = largest, _sum(weights)
         result[4, rows] = _weighted(dx - dy, weights)
         result[2, rows] = _weighted(dx, weights)
-        result[5, rows], result[6, rows] = reference_largest, dy.exp().sum(1)
+        result[5, rows], result[6, rows] = reference_largest, _sum(dy.exp())
     return _ignored(result, targets_N, columns)
 
 
@@ -49,10 +49,8 @@ def backward(
     logits_NV: Tensor,
     reference_NV: Tensor | None,
     targets_N: Tensor,
-    log_sum_2N: Tensor,
-    entropy_N: Tensor | None,
-    kl_N: Tensor | None,
-    reference_log_sum_2N: Tensor | None,
+    sums_3N: Tensor,
+    reference_sums_2N: Tensor | None,
     grad_N: Tensor | None,
     entropy_grad_N: Tensor | None,
     kl_grad_N: Tensor | None,
@@ -66,17 +64,16 @@ def backward(
     words = max(columns, 0)
     out_NV[:, words:] = 0
     for rows in _chunks(logits_NV, targets_N) if words else ():
-        x = _scaled(logits_NV, rows, words, temperature)
-        log_p = _log_softmax(x, log_sum_2N[:, rows])
-        p, slope = log_p.exp(), torch.zeros_like(x)
+        m_N1, S_N1, mean_N1 = sums_3N[:, rows, None]
+        dx = _scaled(logits_NV, rows, words, temperature).sub_(m_N1)
+        p, slope = dx.exp().div_(S_N1), torch.zeros_like(dx)
         if kl_grad_N is not None:
-            assert reference_NV is not None and kl_N is not None and reference_log_sum_2N is not None
-            y = _scaled(reference_NV, rows, words, temperature)
-            log_ratio = log_p - _log_softmax(y, reference_log_sum_2N[:, rows])
-            slope.add_(log_ratio.sub_(kl_N[rows, None]).mul_(kl_grad_N[rows, None]))
+            assert reference_NV is not None and reference_sums_2N is not None
+            reference_m_N1, mean_apart_N1 = reference_sums_2N[:, rows, None]
+            dy = _scaled(reference_NV, rows, words, temperature).sub_(reference_m_N1)
+            slope.add_((dx - dy).sub_(mean_apart_N1).mul_(kl_grad_N[rows, None]))
         if entropy_grad_N is not None:
-            assert entropy_N is not None
-            slope.sub_(log_p.add_(entropy_N[rows, None]).mul_(entropy_grad_N[rows, None]))
+            slope.sub_(dx.sub_(mean_N1).mul_(entropy_grad_N[rows, None]))
         if grad_N is not None:
             slope.sub_(grad_N[rows, None])
         gradient = slope.mul_(p).masked_fill_(p == 0, 0)
@@ -129,14 +126,14 @@ def _shifted(x: Tensor) -> tuple[Tensor, Tensor]:
     return largest, x.sub_(largest.masked_fill(largest == -torch.inf, 0)[:, None])
 
 
-def _log_softmax(x: Tensor, log_sum_2N: Tensor) -> Tensor:
-    """x - m - ln S; overwrites `x`."""
-    return x.sub_(log_sum_2N[0, :, None]).sub_(log_sum_2N[1, :, None])
-
-
 def _weighted(x: Tensor, weights: Tensor) -> Tensor:
     """The sum of x by weights, where a weight of 0 counts for nothing even of an infinity; overwrites `x`."""
-    return x.mul_(weights).masked_fill_(weights == 0, 0).sum(1)
+    return _sum(x.mul_(weights).masked_fill_(weights == 0, 0))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sums of rows in float64: what they lose in float32 depends on where a vocabulary is cut."""
+    return x.sum(1, dtype=torch.float64).to(x.dtype)
 
 
 def _at_target(x: Tensor, targets_N: Tensor, vocab_start: int) -> Tensor:

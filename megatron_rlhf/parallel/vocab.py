@@ -34,12 +34,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What a row's gradient needs of the whole vocabulary: (m, ln S), entropy, and with a reference its own and KL."""
+    """Entropy and KL of a row, and what its gradient needs of the whole vocabulary: (m, S, Z / S), (m', D / S)."""
 
-    log_sum_2N: Tensor
     entropy_N: Tensor
+    sums_3N: Tensor
     kl_N: Tensor | None = None
-    reference_log_sum_2N: Tensor | None = None
+    reference_sums_2N: Tensor | None = None
 
 
 def logprobs(
@@ -151,9 +151,7 @@ class _Rows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logprobs_N, reference_N, sums = statistics(logits_NV, reference_NV, targets_N, part)
         entropy_N = sums.entropy_N if entropy else None
-        ctx.save_for_backward(
-            logits_NV, reference_NV, targets_N, sums.log_sum_2N, entropy_N, sums.kl_N, sums.reference_log_sum_2N
-        )
+        ctx.save_for_backward(logits_NV, reference_NV, targets_N, sums.sums_3N, sums.reference_sums_2N)
         ctx.part, ctx.inplace = part, inplace
         ctx.set_materialize_grads(False)
         if reference_N is not None:
@@ -204,21 +202,23 @@ def combine(stats_PKN: Tensor, targets_N: Tensor, vocab_size: int) -> tuple[Tens
         x_N = ((t_PN.double().sum(0) - m_N) - ln_S_N).clamp(max=0)
         return rounded(x_N.masked_fill(outside_N, torch.nan))
 
-    log_sum_2N = torch.stack([m_N, ln_S_N]).to(dtype)
-    entropy_N = rounded((ln_S_N - Z_N / S_N).clamp(0, math.log(max(vocab_size, 1))))
+    mean_N = Z_N / S_N
+    sums_3N = torch.stack([m_N, S_N, mean_N]).to(dtype)
+    entropy_N = rounded((ln_S_N - mean_N).clamp(0, math.log(max(vocab_size, 1))))
     if not more:
-        return at_target(t_PN, m_N, ln_S_N), None, Sums(log_sum_2N, entropy_N)
+        return at_target(t_PN, m_N, ln_S_N), None, Sums(entropy_N, sums_3N)
     D_PN, reference_m_PN, reference_S_PN, reference_t_PN = more
     reference_m_N, reference_S_N, _ = _sums(reference_m_PN, reference_S_PN, None)
     by_PN = (m_PN.double() - m_N) - (reference_m_PN.double() - reference_m_N)
     D_N = _moved(D_PN, S_PN, by_PN, (m_PN.double() - m_N).exp())
     reference_ln_S_N = reference_S_N.log()
-    kl_N = rounded((D_N / S_N - ln_S_N + reference_ln_S_N).clamp(min=0))
-    reference_sum_2N = torch.stack([reference_m_N, reference_ln_S_N]).to(dtype)
+    mean_apart_N = D_N / S_N
+    kl_N = rounded((mean_apart_N - ln_S_N + reference_ln_S_N).clamp(min=0))
+    reference_sums_2N = torch.stack([reference_m_N, mean_apart_N]).to(dtype)
     return (
         at_target(t_PN, m_N, ln_S_N),
         at_target(reference_t_PN, reference_m_N, reference_ln_S_N),
-        Sums(log_sum_2N, entropy_N, kl_N, reference_sum_2N),
+        Sums(entropy_N, sums_3N, kl_N, reference_sums_2N),
     )
 
 

@@ -59,10 +59,10 @@ class _Head(torch.autograd.Function):
         found = []
         for piece_NH, piece_N in zip(hidden_NH.split(rows), targets_N.split(rows), strict=True):
             logprobs_N, _, sums = statistics(piece_NH @ weight_VH.T, None, piece_N, part)
-            found.append(torch.cat([torch.stack([logprobs_N, sums.entropy_N]), sums.log_sum_2N]))
-        empty = hidden_NH.new_zeros((4, 0), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
-        logprobs_N, entropy_N, *log_sum = torch.cat(found, 1) if found else empty
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, torch.stack(log_sum), entropy_N)
+            found.append(torch.cat([torch.stack([logprobs_N, sums.entropy_N]), sums.sums_3N]))
+        empty = hidden_NH.new_zeros((5, 0), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+        logprobs_N, entropy_N, *sums_3N = torch.cat(found, 1) if found else empty
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, torch.stack(sums_3N))
         ctx.part, ctx.rows = part, rows
         ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
@@ -70,10 +70,10 @@ class _Head(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_VH, targets_N, log_sum_2N, entropy_N = ctx.saved_tensors
+        hidden_NH, weight_VH, targets_N, sums_3N = ctx.saved_tensors
         if grad_N is None and entropy_grad_N is None:
             return (None,) * 5
-        out_NH, out_VH = torch.zeros_like(hidden_NH), torch.zeros_like(weight_VH, dtype=log_sum_2N.dtype)
+        out_NH, out_VH = torch.zeros_like(hidden_NH), torch.zeros_like(weight_VH, dtype=sums_3N.dtype)
         where = ctx.part.where(len(weight_VH))
         for start in range(0, len(hidden_NH), ctx.rows):
             at = slice(start, start + ctx.rows)
@@ -82,9 +82,7 @@ class _Head(torch.autograd.Function):
                 logits_NV,
                 None,
                 targets_N[at],
-                log_sum_2N[:, at],
-                entropy_N[at],
-                None,
+                sums_3N[:, at],
                 None,
                 None if grad_N is None else grad_N[at],
                 None if entropy_grad_N is None else entropy_grad_N[at],

@@ -247,6 +247,7 @@ def test_conversations_become_replies_and_text():
         assert corpus.counters == {"conversations": 2, "turns": 7, "poorly_rated_conversations": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_CHITCHAT, reason="chitchat-dataset is not installed")
 def test_the_quickstarts_corpus_is_large_enough(tmp_path):
     config = settings(tmp_path, vocabulary=2048, source="chitchat", max_prompt_tokens=48, max_response_tokens=40)

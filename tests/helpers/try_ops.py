@@ -35,11 +35,8 @@ def _numbers(given: Tensor, keys: Tensor) -> list[Tensor]:
     targets, ones, mask = torch.tensor([0, 3, -1, 999, 7]), torch.ones(5), torch.ones(5, 9)
     place = {"vocab_start": 0, "columns": 1000, "temperature": 0.7}
     stats = logprob.stats(x, targets, **place)
-    log_sum = torch.stack([stats[0], stats[1].log()])
-    entropy = log_sum[1] - stats[2] / stats[1]
-    grad = logprob.backward(
-        x, None, targets, log_sum, entropy, None, None, ones, ones, None, out_NV=torch.empty_like(x), **place
-    )
+    sums = torch.stack([*stats[:2], stats[2] / stats[1]])
+    grad = logprob.backward(x, None, targets, sums, None, ones, ones, None, out_NV=torch.empty_like(x), **place)
     kl = logprob.kl_stats(x, y, targets, **place)
     drawn = sample.best(x, keys, **place)
     return [stats, kl, grad, drawn, *gae.advantages(x[:, :9], y[:, :9], mask, gamma=1.0, lam=0.95)]

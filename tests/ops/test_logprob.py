@@ -42,7 +42,8 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(kernels: None, de
         assert torch.equal(stats[0], x[:, 0].float()) and torch.equal(stats[3], x[:, 0].float())
         pairs = torch.zeros(len(grad), 2, dtype=dtype, device=device)
         targets = torch.full((len(grad),), 1 << 40, device=device)
-        given: list[Any] = [torch.zeros(2, len(grad), device=device), None, None, None, -grad, None, None]
+        sums = torch.tensor([[0.0], [1.0], [0.0]], device=device).expand(-1, len(grad))
+        given: list[Any] = [sums, None, -grad, None, None]
         where: dict[str, Any] = {"vocab_start": 0, "columns": 2, "temperature": 1.0}
         out = logprob.backward(pairs, None, targets, *given, **where, out_NV=torch.full_like(pairs, 7))
         assert torch.equal(out, grad.to(dtype)[:, None].expand(-1, 2))
@@ -60,7 +61,7 @@ def test_every_tail_of_a_row(path: str, device: str, columns: int) -> None:
     m, S, Z, t = logprob.stats(padded, targets + 5, **where)
     torch.testing.assert_close(((t - m) - S.log()).cpu(), exact["log-prob"].float(), rtol=0, atol=2e-6)
     torch.testing.assert_close((S.log() - Z / S).cpu(), exact["entropy"].float(), rtol=0, atol=2e-6)
-    given: list[Any] = [torch.stack([m, S.log()]), exact["entropy"].float().to(device), None, None, *grads[:2], None]
+    given: list[Any] = [torch.stack([m, S, Z / S]), None, *grads[:2], None]
     out = logprob.backward(padded, None, targets + 5, *given, **where, out_NV=torch.full_like(padded, 7)).cpu()
     assert not out[:, columns:].any()
     torch.testing.assert_close(out[:, :columns], exact["gradient of 2"].float(), rtol=0, atol=2e-6)
@@ -75,9 +76,9 @@ def test_ignored_rows_are_zeroed_and_not_read(path: str, device: str) -> None:
     numbers = logprob.kl_stats(logits, reference, targets, **where)
     assert numbers[:, 1].tolist() == [0, 1, 0, 0, 0, 0, 1, 0] and numbers[:, 7].tolist() == numbers[:, 1].tolist()
     assert numbers.isfinite().all()
-    sums, rows = torch.stack([numbers[0], numbers[1].log()]), torch.zeros(ROWS, device=device)
-    rest: list[Any] = [rows, rows, sums, *grads]
-    out = logprob.backward(logits, reference, targets, sums, *rest, **where, out_NV=torch.full_like(logits, 7))
+    m, S, Z, _, D, reference_m, *_ = numbers
+    given: list[Any] = [torch.stack([m, S, Z / S]), torch.stack([reference_m, D / S]), *grads]
+    out = logprob.backward(logits, reference, targets, *given, **where, out_NV=torch.full_like(logits, 7))
     assert out.isfinite().all() and not out[[1, 7]].any() and out[[0, 2]].all(1).any()
 
 
@@ -89,8 +90,8 @@ def test_a_slice_without_words(path: str, device: str) -> None:
     assert logprob.stats(logits, targets, **where).tolist() == [[-math.inf] * 3, [0] * 3, [0] * 3, [0] * 3]
     numbers = logprob.kl_stats(logits, logits, targets, **where)
     assert numbers[[0, 5]].isneginf().all() and not numbers[[1, 2, 3, 4, 6, 7]].any()
-    zeros, ones = torch.zeros(2, 3, device=device), torch.ones(3, device=device)
-    given: list[Any] = [zeros, None, None, None, ones, None, None]
+    zeros, ones = torch.zeros(3, 3, device=device), torch.ones(3, device=device)
+    given: list[Any] = [zeros, None, ones, None, None]
     assert not logprob.backward(logits, None, targets, *given, **where, out_NV=logits).any()
 
 
@@ -102,7 +103,7 @@ def test_no_rows(path: str, device: str, columns: int) -> None:
     where: dict[str, Any] = {"vocab_start": 0, "columns": columns, "temperature": 1.0}
     assert logprob.stats(logits, targets, **where).shape == (4, 0)
     assert logprob.kl_stats(logits, logits, targets, **where).shape == (8, 0)
-    given: list[Any] = [torch.zeros(2, 0, device=device), None, None, None, torch.zeros(0, device=device), None, None]
+    given: list[Any] = [torch.zeros(3, 0, device=device), None, torch.zeros(0, device=device), None, None]
     assert logprob.backward(logits, None, targets, *given, **where, out_NV=logits.clone()).shape == (0, columns)
 
 
@@ -124,7 +125,7 @@ def test_infinities(path: str, device: str) -> None:
     nowhere = torch.nn.functional.pad(nowhere, (0, 3000), value=-math.inf).to(device)
     assert logprob.kl_stats(x[:1], nowhere, targets[:1], **where)[4].tolist() == [math.inf]
     ones = torch.ones(5, device=device)
-    given: list[Any] = [torch.stack([m, S.log()]), S.log() - Z / S, None, None, ones, ones, None]
+    given: list[Any] = [torch.stack([m, S, Z / S]), None, ones, ones, None]
     out = logprob.backward(x, None, targets, *given, **where, out_NV=torch.full_like(x, 7))
     assert out[0].isfinite().all() and not out[0, 3:].any() and out[3:].isnan().any(1).all()
 
@@ -142,9 +143,8 @@ def test_rows_may_lie_apart(path: str, device: str, dtype: torch.dtype) -> None:
     plain = logprob.kl_stats(*dense, apart, **where)
     assert_same(logprob.kl_stats(*slices, apart, **where), plain)
     assert_same(logprob.stats(slices[0], apart, **where), plain[:4])
-    m, S, Z, _, D, reference_m, reference_S, _ = plain
-    sums = torch.stack([m, S.log()]), torch.stack([reference_m, reference_S.log()])
-    given: list[Any] = [sums[0], S.log() - Z / S, D / S - S.log() + reference_S.log(), sums[1], *grads]
+    m, S, Z, _, D, reference_m, *_ = plain
+    given: list[Any] = [torch.stack([m, S, Z / S]), torch.stack([reference_m, D / S]), *grads]
     wanted = logprob.backward(*dense, apart, *given, **where, out_NV=torch.full_like(dense[0], 7))
     before = logits.clone()
     logprob.backward(*slices, apart, *given, **where, out_NV=slices[0])
@@ -181,9 +181,8 @@ def test_offsets_beyond_two_to_the_31(path: str, device: str, stride: int) -> No
     assert_same(logprob.stats(apart, targets, **where), found[:4])
     assert_same(logprob.kl_stats(apart, others, targets, **where), found)
     assert_same(sample.best(apart, None, **where)[1], logits.float().argmax(1).float())
-    m, S, Z, _, D, reference_m, reference_S, _ = found
-    sums = torch.stack([m, S.log()]), torch.stack([reference_m, reference_S.log()])
-    given: list[Any] = [sums[0], S.log() - Z / S, D / S - S.log() + reference_S.log(), sums[1], *grads]
+    m, S, Z, _, D, reference_m, *_ = found
+    given: list[Any] = [torch.stack([m, S, Z / S]), torch.stack([reference_m, D / S]), *grads]
     wanted = logprob.backward(logits, reference, targets, *given, **where, out_NV=torch.full_like(logits, 7))
     assert_same(logprob.backward(apart, others, targets, *given, **where, out_NV=others), wanted)
     others.copy_(reference)
@@ -254,7 +253,7 @@ def test_row_chunks_of_the_reference_change_nothing(ignored: list[int], monkeypa
     targets[ignored] = -1
     where: dict[str, Any] = {"vocab_start": 0, "columns": 1003, "temperature": 0.9}
     whole = logprob_reference.stats(logits, targets, **where)
-    given: list[Any] = [torch.stack([whole[0], whole[1].log()]), whole[2], None, None, grads[0], grads[1], None]
+    given: list[Any] = [whole[:3], None, grads[0], grads[1], None]
     gradient = logprob_reference.backward(logits, None, targets, *given, **where, out_NV=torch.full_like(logits, 7))
     monkeypatch.setattr(logprob_reference, "_CHUNK", 2 * 1003)
     assert len(logprob_reference._chunks(logits, targets)) == max(1, math.ceil((7 - len(ignored)) / 2))
@@ -270,11 +269,11 @@ def test_opcheck(kernels: None, device: str, dtype: torch.dtype) -> None:
     ops, where = torch.ops.megatron_rlhf, (0, 31, 0.7)
     torch.library.opcheck(ops.logprob_stats, (logits, targets, *where))
     torch.library.opcheck(ops.logprob_kl_stats, (logits, reference, targets, *where))
-    sums, rows = torch.full((2, ROWS), 0.5, device=device), torch.full((ROWS,), 0.5, device=device)
+    sums = torch.full((3, ROWS), 0.5, device=device)
     out = torch.full_like(logits, 7)
-    every = (logits, reference, targets, sums, rows, rows, sums, *grads, *where, out)
+    every = (logits, reference, targets, sums, sums[:2], *grads, *where, out)
     torch.library.opcheck(ops.logprob_backward, every)
-    none = (logits, None, targets, sums, None, None, None, grads[0], None, None, *where, out)
+    none = (logits, None, targets, sums, None, grads[0], None, None, *where, out)
     torch.library.opcheck(ops.logprob_backward, none)
 
 
@@ -296,4 +295,4 @@ def test_a_wrong_argument_is_refused(kernels: None, device: str) -> None:
         ops.logprob_kl_stats(logits, reference[:, 1:], targets, 0, 33, 1.0)
     sums = torch.zeros(ROWS, device=device)
     with pytest.raises(RuntimeError):
-        ops.logprob_backward(logits, None, targets, sums, *(None,) * 6, 0, 33, 1.0, torch.full_like(logits, 7))
+        ops.logprob_backward(logits, None, targets, sums, *(None,) * 4, 0, 33, 1.0, torch.full_like(logits, 7))
