@@ -1,4 +1,5 @@
 // The CPU's side of mrlhf.h: chooses the instruction set once and deals rows to threads.
+#include "pages.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -20,6 +21,8 @@ Isa newest() {
 }
 
 Isa chosen = newest();
+
+int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 template <class Job>
 using Rows = void (*)(const Job&, int64_t, int64_t);
@@ -54,6 +57,7 @@ void logprob_backward(DType dtype, const void* logits, const void* reference, co
                       int64_t reference_stride, const void* sums_3N, const void* reference_sums_2N, const void* grad_N,
                       const void* entropy_grad_N, const void* kl_grad_N, void* out, int64_t out_stride,
                       Threads threads) {
+  if (out != logits && out_stride == slice.width) want_large_pages(out, slice.rows * out_stride * size_of(dtype));
   const BackwardJob job{dtype,   logits,            reference, targets,        slice,     reference_stride,
                         sums_3N, reference_sums_2N, grad_N,    entropy_grad_N, kl_grad_N, out,
                         out_stride};

@@ -1,5 +1,5 @@
 """Proves the local pass of a log-prob, of the kernels and of their reference alike: ignored rows, padding, infinities,
-strides, offsets beyond 2^31, and that neither threads nor the instruction set decide the result.
+strides, offsets beyond 2^31, gradients beside and over their logits, and that neither threads nor the instruction set decide the result.
 
 Not proved here: how exact it is (test_logprob_accuracy.py), slices of one vocabulary put together (tests/parallel/),
 speed and memory (benchmarks/logprob.py).
@@ -204,6 +204,18 @@ def test_more_than_two_to_the_31_logits(path: str, device: str) -> None:
     assert_same(found[:, at], logprob.stats(logits[:3], targets[:3], **where))
     ignored = torch.tensor([[0.0], [1.0], [0.0], [0.0]], device=device)
     assert torch.equal(found[:, 1 : rows // 2], ignored.expand(-1, rows // 2 - 1))
+
+
+def test_a_gradient_beside_the_logits_is_that_over_them(path: str, device: str) -> None:
+    """Of 40 MiB, for which a CPU's system is asked for large pages, at an address that is no multiple of one."""
+    logits, _, targets, grads = _draw(50304, torch.float32, device)
+    logits, targets, grads = logits.repeat(18, 1), targets.repeat(18), grads.repeat(1, 18)
+    where: dict[str, Any] = {"vocab_start": 0, "columns": 50304, "temperature": 1.0}
+    m, S, Z, _ = logprob.stats(logits, targets, **where)
+    given: list[Any] = [torch.stack([m, S, Z / S]), None, *grads[:2], None]
+    beside = torch.full((logits.numel() + 5,), 7.0, device=device)[5:].view_as(logits)
+    logprob.backward(logits, None, targets, *given, **where, out_NV=beside)
+    assert_same(logprob.backward(logits, None, targets, *given, **where, out_NV=logits), beside)
 
 
 @pytest.fixture
