@@ -1,5 +1,6 @@
 """Proves the local pass of a log-prob, of the kernels and of their reference alike: ignored rows, padding, infinities,
-strides, offsets beyond 2^31, gradients beside and over their logits, and that neither threads nor the instruction set decide the result.
+strides, offsets beyond 2^31, gradients beside and over their logits, and that neither threads nor the instruction set
+decide the result.
 
 Not proved here: how exact it is (test_logprob_accuracy.py), slices of one vocabulary put together (tests/parallel/),
 speed and memory (benchmarks/logprob.py).
