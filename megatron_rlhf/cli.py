@@ -1,7 +1,7 @@
 """The command line: one verb a recipe, `key=value` words, exit codes.
 
 0 done; 1 a crash, with its traceback; 2 bad input, one sentence; 75 stopped by a signal after saving: submit again;
-76 ended by the watchdog, the last state saved stands: submit again.
+76 ended by the watchdog, or because ranks did not come, the last state saved stands: submit again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_rlhf.config.load import load
 from megatron_rlhf.config.rules import BadInput, check
 from megatron_rlhf.config.world import needed
 from megatron_rlhf.observe.quiet import silence
+from megatron_rlhf.observe.watchdog import HUNG, Absent
 
 RECIPES = {
     "quickstart": "the whole chain, small: prepare, pretrain, sft, rank, reward, ppo, evaluate, report",
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(words)
     except BadInput as error:
         return _leave(2, f"megatron-rlhf: {error}\n", later=_is_follower())
+    except Absent as error:
+        return _leave(HUNG, f"megatron-rlhf: {error}\n", later=_is_follower())
     except KeyboardInterrupt:
         return _leave(130, "megatron-rlhf: interrupted\n", later=_is_follower())
     except Exception as error:

@@ -18,6 +18,7 @@ import pytest
 from megatron_rlhf import __version__, cli, doctor, launch
 from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.config.schema import Config
+from megatron_rlhf.observe.watchdog import HUNG, Absent
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -213,6 +214,19 @@ def test_the_rank_with_the_cause_speaks_and_only_it(
     assert shown.startswith(first)
     assert never not in shown
     assert shown.count("megatron-rlhf: ") == (code == 2)
+
+
+def test_ranks_that_do_not_come_are_no_crash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence and the watchdog's code, after which a job is queued again."""
+
+    def alone(words: object) -> int:
+        raise Absent("of 2 ranks 1 did not come within 600 s: 1")
+
+    monkeypatch.setattr(cli, "_dispatch", alone)
+    assert cli.main(["sft"]) == HUNG == 76
+    assert capsys.readouterr().err == "megatron-rlhf: of 2 ranks 1 did not come within 600 s: 1\n"
 
 
 def test_doctor_says_what_is_lost_and_survives_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

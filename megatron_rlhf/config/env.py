@@ -71,6 +71,12 @@ def master_port() -> int:
     return free_port()
 
 
+def kept_store() -> tuple[bool, int]:
+    """Whether torchrun's agent keeps the store of the ranks, else rank 0 does; and which start of them this is."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return kept, _number("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_RESTART_COUNT") else 0
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as probe:

@@ -169,6 +169,7 @@ _BOUNDS: list[tuple[tuple[str, ...], str, Callable[[float], bool], str]] = [
         "50e9",
     ),
     (("cluster.watts", "cluster.price"), "at least 0", lambda x: x >= 0, "0"),
+    (("watchdog.start",), "above 0", lambda x: x > 0, "600"),
     (
         tuple(f"cluster.factors.{n}" for n in ("gemm", "memory", "nvlink", "nic")),
         "above 0 and at most 1",

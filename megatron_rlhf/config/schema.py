@@ -565,6 +565,8 @@ class Watchdog:
 
     seconds: float = 600.0
     """Seconds in which no rank moves on after which all write their stacks and end with 76; 0 is never."""
+    start: float = 600.0
+    """Seconds in which all ranks must have come; then they end with 76, and rank 0 says who is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

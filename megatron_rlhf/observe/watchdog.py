@@ -30,10 +30,14 @@ from megatron_rlhf.observe.log import write_text
 from megatron_rlhf.observe.pulse import PULSE, Pulse
 
 HUNG = 76
-"""The exit code of a rank that the watchdog ended."""
+"""The exit code of a rank that the watchdog ended, or that waited in vain for others to come."""
 FOLDER = "watchdog"
 _SHORTEST, _LONGEST = 0.05, 15.0
 """Seconds between two looks."""
+
+
+class Absent(Exception):
+    """Ranks did not come to the start of their world; the message is one sentence."""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlhf.config import env
 from megatron_rlhf.config.layout import Layout
+from megatron_rlhf.parallel.meeting import meet
 
 TIMEOUT = timedelta(minutes=30)
 _PRIME = 0x9E3779B1
@@ -65,14 +66,19 @@ class Grid:
         )
 
 
-def connect() -> None:
-    """Join the world that the environment describes: NCCL where there are GPUs, gloo elsewhere. Collective: world."""
+def connect(seconds: float = TIMEOUT.total_seconds()) -> None:
+    """Join the world that the environment describes: NCCL where there are GPUs, gloo elsewhere.
+
+    Raises Absent where a rank has not come after `seconds`. Collective: world.
+    """
     if not dist.is_initialized():
+        store = meet(seconds)
+        store.set_timeout(TIMEOUT)
         if torch.cuda.is_available():
             torch.cuda.set_device(env.local_rank())
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            init_method=f"tcp://{env.master_address()}:{env.master_port()}",
+            store=store,
             rank=env.rank(),
             world_size=env.world_size(),
             timeout=TIMEOUT,

@@ -226,7 +226,7 @@ def start(config: Config, *, writes: bool = True) -> Session:
     if config.compute.deterministic:
         deterministic.install()
     out = Path(config.out)
-    grid.connect()
+    grid.connect(config.watchdog.start)
     check(config, collectives.world_size())
     first = collectives.rank() == 0
     log, stop = Log(out, first, partial(boards.opened, config.observe)), Stop()

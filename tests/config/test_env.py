@@ -74,6 +74,24 @@ def test_ranks_of_this_machine(variables: dict[str, str], ranks: int, monkeypatc
     assert env.local_world_size() == ranks
 
 
+@pytest.mark.parametrize(
+    ("variables", "kept"),
+    [
+        ({}, (False, 0)),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RESTART_COUNT": "2"}, (False, 2)),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}, (True, 1)),
+    ],
+)
+def test_who_keeps_the_ranks_store(
+    variables: dict[str, str], kept: tuple[bool, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert env.kept_store() == kept
+
+
 def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, STEP)
     assert env.launched()
