@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import socket
-import time
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_rlhf.config import env
 from megatron_rlhf.observe.watchdog import Absent
@@ -62,13 +61,10 @@ def _reach(rank: int, seconds: float) -> Store:
 
 def _missing(store: Store, world: int, seconds: float) -> str:
     """Who has not come after `seconds`, "" when all are there."""
-    end = time.monotonic() + seconds
     try:
         store.wait([f"host/{rank}" for rank in range(world)], timedelta(seconds=seconds))
-    except DistError:
-        came = [rank for rank in range(world) if store.check([f"host/{rank}"])]
-        if time.monotonic() < end - 1:
-            raise
+    except DistStoreError:
+        came = {rank for rank in range(world) if store.check([f"host/{rank}"])}
         absent = [str(rank) for rank in range(world) if rank not in came]
         names = ", ".join(absent[:_MOST]) + (f" and {len(absent) - _MOST} more" if len(absent) > _MOST else "")
         hosts = sorted({store.get(f"host/{rank}").decode() for rank in came})
