@@ -8,6 +8,7 @@ from datetime import timedelta
 from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_rlhf.config import env
+from megatron_rlhf.config.rules import BadInput
 from megatron_rlhf.observe.watchdog import Absent
 
 _GRACE = 60.0
@@ -19,15 +20,15 @@ _MOST = 16
 def meet(seconds: float) -> Store:
     """A store that every rank of the environment's world has reached, kept by rank 0 (or torchrun's agent).
 
-    Raises Absent, on rank 0 with the ranks that have not come after `seconds` and the machines of those that have; and
-    where two processes say that they are the same rank.
+    Raises Absent, on every rank that came, with the ranks that have not after `seconds` and the machines of those that
+    have; BadInput where two processes say that they are the same rank, which no other start would cure.
 
     Collective: world.
     """
     rank, world = env.rank(), env.world_size()
     store = _reach(rank, seconds)
     if store.add(f"came/{rank}", 1) > 1:
-        raise Absent(
+        raise BadInput(
             f"two processes say that they are rank {rank} of {world}, one of them on {socket.gethostname()}; "
             "let one launcher alone, srun or torchrun, start the ranks"
         )

@@ -30,12 +30,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """Neither a folder nor a part of one; and what is there already is not written over."""
     found = tiny.tensors(Card(GPT))
 
-    def broken() -> Any:
-        yield from list(found.items())[:3]
-        raise OSError("planted")
-
     with pytest.raises(OSError, match="planted"):
-        megatron.write(tmp_path / "out", Card(GPT), broken(), torch.float32)
+        megatron.write(tmp_path / "out", Card(GPT), tiny.interrupted(found), torch.float32)
     assert list(tmp_path.iterdir()) == []
     tiny.megatron_folder(tmp_path / "out", Card(GPT), found)
     assert "is there already" in tiny.refused(

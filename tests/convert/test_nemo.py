@@ -227,12 +227,8 @@ def test_what_nemos_config_cannot_say_is_refused() -> None:
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     found = tiny.tensors(Card(GPT))
 
-    def broken() -> Any:
-        yield from list(found.items())[:3]
-        raise OSError("planted")
-
     with pytest.raises(OSError, match="planted"):
-        nemo.write(tmp_path / "a.nemo", Card(GPT), broken(), torch.float32)
+        nemo.write(tmp_path / "a.nemo", Card(GPT), tiny.interrupted(found), torch.float32)
     assert list(tmp_path.iterdir()) == []
     written(tmp_path / "a.nemo", Card(GPT), found)
     said = tiny.refused(nemo.write, tmp_path / "a.nemo", Card(GPT), tiny.stream(found), torch.float32)

@@ -34,6 +34,12 @@ def stream(found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield from found.items()
 
 
+def interrupted(found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Three of the tensors; then reading fails with an OSError, planted."""
+    yield from list(found.items())[:3]
+    raise OSError("planted")
+
+
 def everything(source: Source) -> dict[str, Tensor]:
     """What a source holds, after the checks that a conversion makes; AssertionError where it would be refused."""
     assert source.missing() == []
